@@ -1,0 +1,173 @@
+"""The front door: every check, the main job and the evidence, one session each.
+
+`nox` runs what CI runs. `nox -l` lists everything.
+"""
+
+import os
+import pathlib
+import shutil
+import tomllib
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "contracts", "types", "tests", "compile", "docs", "build", "quickstart"]
+
+ROOT = pathlib.Path(__file__).parent
+PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
+CONSTRAINTS = ["-c", "constraints/ci.txt"]
+TEST_TOOLS = ["pytest>=8", "hypothesis>=6.100", "beartype>=0.20"]
+
+# uv does not read pip's setting, so a machine that keeps wheels on disk for pip keeps them for uv too.
+if "PIP_FIND_LINKS" in os.environ:
+    os.environ.setdefault("UV_FIND_LINKS", os.environ["PIP_FIND_LINKS"])
+
+
+def module(package: str) -> str:
+    return package.replace("-", "_")
+
+
+def dependencies(package: str) -> list[str]:
+    """Names of the workspace packages that `package` declares it needs, itself last."""
+    project = tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text())["project"]
+    siblings = [name for name in PACKAGES if any(line.startswith(name) for line in project.get("dependencies", []))]
+    return [*siblings, package]
+
+
+def install(session: nox.Session, *packages: str, tools: list[str] = [], extras: str = "") -> None:
+    """Install packages editable with the siblings they declare, in one command, so that none is sought elsewhere."""
+    names = dict.fromkeys(name for package in packages for name in dependencies(package))
+    editable = [part for name in names for part in ("-e", f"packages/{name}{extras if name in packages else ''}")]
+    session.install(*CONSTRAINTS, *editable, *tools)
+    session.log(f"installed {', '.join(names)} with the declared dependencies only")
+
+
+@nox.session
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def tests(session: nox.Session, package: str) -> None:
+    """Test one package, installed with only the siblings it declares."""
+    extras = "[cli]" if package == "q-core" else ""
+    install(session, package, tools=[*TEST_TOOLS, *(["scikit-learn>=1.5"] if extras else [])], extras=extras)
+    hook = f"--jaxtyping-packages={module(package)},beartype.beartype"
+    arguments = session.posargs or ["-m", "not compile and not zoo"]
+    session.run("pytest", f"packages/{package}/tests", hook, *arguments)
+
+
+@nox.session(name="compile")
+def compiled(session: nox.Session) -> None:
+    """Check that every quantizer and layer compiles as one graph; the type hook of `tests` would break it."""
+    install(session, *PACKAGES, tools=TEST_TOOLS)
+    session.run("pytest", "packages", "-m", "compile", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check format and lint rules."""
+    session.install("ruff==0.17.6")
+    session.run("ruff", "format", "--check", "--diff", ".")
+    session.run("ruff", "check", ".")
+
+
+@nox.session
+def contracts(session: nox.Session) -> None:
+    """Check who imports whom."""
+    install(session, *PACKAGES, tools=["import-linter>=2.3"])
+    session.run("lint-imports", "--no-cache")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check types strictly."""
+    install(session, *PACKAGES, tools=["mypy>=1.15"], extras="[cli]")
+    session.run("mypy")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the site, failing on any warning, after checking its tables and running its snippets."""
+    extras = "[cli]"
+    install(session, *PACKAGES, extras=extras, tools=["mkdocs<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"])
+    session.install(*CONSTRAINTS, "sybil>=9", "scikit-learn>=1.5", *TEST_TOOLS)
+    session.run("python", "benchmarks/tables.py", "--check")
+    session.run("pytest", "docs", "README.md", "-p", "no:cacheprovider")
+    session.run("mkdocs", "build", "--strict")
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build wheel and sdist of each package, check them, install them in a clean environment and import them."""
+    session.install("build>=1.2", "hatchling>=1.26", "twine>=6")
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    for package in PACKAGES:
+        session.run("python", "-m", "build", "--no-isolation", "--outdir", "dist", f"packages/{package}")
+    artefacts = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "dist").iterdir())
+    session.run("twine", "check", "--strict", *artefacts)
+    clean = pathlib.Path(session.create_tmp()) / "clean"
+    session.run("python", "-m", "venv", "--clear", str(clean))
+    wheels = [name for name in artefacts if name.endswith(".whl")]
+    session.run(str(clean / "bin" / "pip"), "install", "-q", *CONSTRAINTS, *wheels, external=True)
+    for package in PACKAGES:
+        code = f"import {module(package)} as m; print({package!r}, m.__version__, 'imports', len(m.__all__), 'names')"
+        session.run(str(clean / "bin" / "python"), "-I", "-c", code, external=True)
+
+
+@nox.session
+@nox.parametrize("package", PACKAGES, ids=PACKAGES)
+def minimums(session: nox.Session, package: str) -> None:
+    """Test one package against the lowest versions it declares."""
+    editable = [part for name in dependencies(package) for part in ("-e", f"packages/{name}")]
+    session.run_install("uv", "pip", "install", "--resolution", "lowest-direct", *editable, *TEST_TOOLS)
+    session.run("pytest", f"packages/{package}/tests", "-m", "not compile and not zoo", *session.posargs)
+
+
+@nox.session
+def quickstart(session: nox.Session) -> None:
+    """Run the main job: train a small ResNet on real digits, quantize it, report."""
+    install(session, *PACKAGES, extras="[cli]", tools=["scikit-learn>=1.5"])
+    session.run("python", "benchmarks/quickstart/digits.py", "--out", "out/quickstart", *session.posargs)
+
+
+@nox.session
+def dev(session: nox.Session) -> None:
+    """Make .venv with every package editable and every tool."""
+    venv = ROOT / ".venv"
+    session.run("python", "-m", "venv", str(venv))
+    editable = [part for name in PACKAGES for part in ("-e", f"packages/{name}")]
+    pip = [str(venv / "bin" / "pip"), "install", "-q", *CONSTRAINTS]
+    session.run(*pip, *editable, *TEST_TOOLS, "nox[uv]", "ruff", "mypy", external=True)
+    session.log(f"activate it with: source {venv.relative_to(ROOT)}/bin/activate")
+
+
+def install_torchvision(session: nox.Session, *packages: str, tools: list[str] = [], extras: str = "") -> None:
+    """Install packages beside the ordinary pair torch and torchvision, whose compiled parts fit each other.
+
+    pip, not uv: it is the resolver that a user's machine is set up for, down to its cache of large wheels.
+    """
+    session.run("python", "-m", "ensurepip", "--upgrade", silent=True)
+    editable = [part for name in packages for part in ("-e", f"packages/{name}{extras}")]
+    session.run("python", "-m", "pip", "install", "-q", "torch", "torchvision", *editable, *tools)
+
+
+@nox.session
+def zoo(session: nox.Session) -> None:
+    """Run torchvision's models through the whole pipeline."""
+    install_torchvision(session, *PACKAGES, tools=[*TEST_TOOLS, "scikit-learn>=1.5"], extras="[cli]")
+    session.run("pytest", "packages", "-m", "zoo", *session.posargs)
+
+
+@nox.session
+def accuracy(session: nox.Session) -> None:
+    """Measure accuracy on real images: `nox -s accuracy -- --data DIR`."""
+    install(session, *PACKAGES, tools=["pillow>=10"], extras="[cli]")
+    if "--data" not in session.posargs:
+        session.error("say where the images and networks are: nox -s accuracy -- --data DIR")
+    session.run("python", "benchmarks/accuracy/ptq.py", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure speed beside the named peers, each in an environment of its own."""
+    install_torchvision(session, *PACKAGES)
+    session.run("python", "benchmarks/speed/run.py", *session.posargs)

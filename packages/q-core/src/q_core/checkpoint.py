@@ -1,0 +1,211 @@
+"""Packed models on disk: safetensors and JSON, checked and written atomically.
+
+A file holds every tensor of a packed model once, and in its metadata a description of the packed layers and quantizers,
+the ties between tensors, and a SHA-256 of the contents. No code is stored and none is run on loading.
+"""
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from q_core.errors import FormatError, MatchError, StateError
+from q_core.grid import CodebookGrid, Grid, UniformGrid
+from q_core.packed import PackedConv2d, PackedLinear, PackedTensor, pack_layer
+from q_core.packing import packed_words
+from q_core.quantizer import Quantizer
+from q_core.rounding import NearestEven, NearestTowardZero, Rounding, Stochastic
+from q_core.swap import replace_submodule, share
+
+FORMAT, VERSION = "q-pack", 1
+_ROUNDINGS: tuple[type[Rounding], ...] = (NearestEven, NearestTowardZero, Stochastic)
+
+
+def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+    """Write a packed model to a safetensors file, atomically.
+
+    Args:
+        model: A model made by `pack`.
+        path: Where to write. The file appears complete or not at all.
+
+    Returns:
+        The path.
+
+    Raises:
+        StateError: Nothing in the model is packed, or it holds a grid or rounding that the format cannot describe.
+    """
+    packed: dict[str, Any] = {}
+    quantizers: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, PackedTensor):
+            packed[name] = {"shape": list(module.shape), "grid": _describe_grid(module.grid)}
+        elif isinstance(module, Quantizer):
+            quantizers[name] = {"grid": _describe_grid(module.grid), "rounding": _describe_rounding(name, module.rounding)}
+    if not packed and not quantizers:
+        raise StateError("nothing in the model is packed: call pack() before save_packed()")
+    tensors, aliases = _unique(model.state_dict(keep_vars=True))
+    description = {
+        "packed": packed,
+        "quantizers": quantizers,
+        "identities": [name for name, module in model.named_modules() if isinstance(module, nn.Identity)],
+        "aliases": aliases,
+    }
+    text = json.dumps(description, sort_keys=True)
+    metadata = {"format": FORMAT, "version": str(VERSION), "description": text, "sha256": _digest(tensors, text)}
+    target = Path(path)
+    write_atomically(target, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+    return target
+
+
+def load_packed(path: str | os.PathLike[str], skeleton: nn.Module) -> nn.Module:
+    """Read a packed model.
+
+    Args:
+        path: A file written by `save_packed`.
+        skeleton: A model of the same architecture, such as the float model it was made from. Not changed; its weights
+            do not matter.
+
+    Returns:
+        The packed model, in evaluation mode, with the outputs of the one that was saved.
+
+    Raises:
+        FormatError: The file is not of this format or version, is damaged, or does not fit the skeleton.
+    """
+    tensors, description = _read(Path(path))
+    model = share(skeleton).eval()
+    try:
+        for name in description["identities"]:
+            replace_submodule(model, name, nn.Identity())
+        loaded: dict[str, PackedTensor] = {}
+        for name, entry in description["packed"].items():
+            owner = name.rpartition(".")[0]
+            words = f"{name}.words"
+            canonical = description["aliases"].get(words, words)
+            if canonical not in loaded:
+                loaded[canonical] = _read_packed(entry)
+            layer = pack_layer(model.get_submodule(owner), loaded[canonical], nn.Identity())
+            if not owner:
+                model = layer
+            else:
+                replace_submodule(model, owner, layer)
+        for name, entry in description["quantizers"].items():
+            rounding = next(kind for kind in _ROUNDINGS if kind.__name__ == entry["rounding"])()
+            replace_submodule(model, name, Quantizer(_read_grid(entry["grid"]), rounding))
+        _add_folded_biases(model, tensors)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in tensors:
+                tensors[name] = nn.Parameter(tensors[name], requires_grad=parameter.requires_grad)
+        for name, canonical in description["aliases"].items():
+            tensors[name] = tensors[canonical]
+        model.load_state_dict(tensors, strict=True, assign=True)
+    except (MatchError, AttributeError, RuntimeError) as error:
+        raise FormatError(
+            f"{path} does not fit a {type(skeleton).__name__}: {error}; pass a model of the architecture that was packed"
+        ) from error
+    return model
+
+
+def _add_folded_biases(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Give a bias to the layers that got one when their batch norm was folded."""
+    for name, module in model.named_modules():
+        key = f"{name}.bias" if name else "bias"
+        if key in tensors and module._parameters.get("bias", key) is None:
+            module.bias = nn.Parameter(torch.empty_like(tensors[key]), requires_grad=False)
+
+
+def write_atomically(target: Path, write: Any) -> None:
+    """Let `write` fill a temporary file beside `target`, flush it to disk, then rename it.
+
+    Args:
+        target: The final path; its folder is made.
+        write: Called with the temporary path.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Keep every tensor once; a second name for the same tensor becomes an alias."""
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, tensor in state.items():
+        canonical = first.setdefault(id(tensor), name)
+        if canonical == name:
+            tensors[name] = tensor.detach().contiguous().cpu().clone()
+        else:
+            aliases[name] = canonical
+    return tensors, aliases
+
+
+def _digest(tensors: dict[str, Tensor], description: str) -> str:
+    digest = hashlib.sha256(description.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        raise FormatError(f"{path} is not a sound safetensors file: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise FormatError(f"{path} has format {metadata.get('format')!r}: expected {FORMAT!r}, written by save_packed()")
+    if metadata.get("version") != str(VERSION):
+        raise FormatError(f"{path} has version {metadata.get('version')!r}: this release reads {VERSION}")
+    if _digest(tensors, metadata["description"]) != metadata["sha256"]:
+        raise FormatError(f"{path} is damaged: its SHA-256 is not the one it was written with; copy it again")
+    description: dict[str, Any] = json.loads(metadata["description"])
+    return tensors, description
+
+
+def _describe_grid(grid: Grid) -> dict[str, Any]:
+    codes = {"qmin": grid.qmin, "qmax": grid.qmax, "tiles": list(grid.tile_shape)}
+    if isinstance(grid, UniformGrid):
+        return {"kind": "uniform", "zero_point": grid.zero_point is not None, **codes}
+    if isinstance(grid, CodebookGrid):
+        return {"kind": "codebook", **codes}
+    raise StateError(f"grid of type {type(grid).__name__} is not frozen: call pack() before save_packed()")
+
+
+def _describe_rounding(name: str, rounding: Rounding) -> str:
+    if type(rounding) not in _ROUNDINGS:
+        known = ", ".join(kind.__name__ for kind in _ROUNDINGS)
+        raise StateError(f"{name} rounds with a {type(rounding).__name__}, which the format cannot hold: known are {known}")
+    return type(rounding).__name__
+
+
+def _read_grid(entry: dict[str, Any]) -> UniformGrid | CodebookGrid:
+    tiles, qmin, qmax = tuple(entry["tiles"]), entry["qmin"], entry["qmax"]
+    if entry["kind"] == "uniform":
+        ones = torch.ones(tiles)
+        return UniformGrid(ones, torch.full(tiles, float(qmin)) if entry["zero_point"] else None, qmin=qmin, qmax=qmax)
+    return CodebookGrid(torch.arange(qmax - qmin + 1.0).expand(*tiles, -1), qmin=qmin)
+
+
+def _read_packed(entry: dict[str, Any]) -> PackedTensor:
+    grid, shape = _read_grid(entry["grid"]), tuple(entry["shape"])
+    return PackedTensor(torch.zeros(packed_words(math.prod(shape), grid.bits), dtype=torch.int32), shape, grid)
+

@@ -1,0 +1,165 @@
+"""Layers with slots.
+
+A *slot* is an attribute `<tensor>_quantizer` that holds any module from tensor to tensor: `nn.Identity` means float, an
+`Observer` collects statistics, a `Quantizer` quantizes. If the layer has a parameter `<tensor>`, the slot sees that
+parameter, otherwise it sees an activation. Everything that walks a model relies on this naming and on nothing else.
+
+`QuantConv2d` and `QuantLinear` subclass torch's layers so that `weight` and `bias` keep their keys; this is the one place
+where a concrete class is subclassed.
+"""
+
+from collections.abc import Iterator
+from typing import Self, TypeVar, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from q_core.errors import ShapeError
+
+SLOT_SUFFIX = "_quantizer"
+
+
+def slots(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor | None]]:
+    """List the slots of one module.
+
+    Yields:
+        The attribute name, the module in the slot, and the parameter it sees or None for an activation.
+    """
+    for name, child in module.named_children():
+        if name.endswith(SLOT_SUFFIX):
+            yield name, child, module._parameters.get(name.removesuffix(SLOT_SUFFIX))
+
+
+@final
+class QuantConv2d(nn.Conv2d):
+    """A convolution with slots for its weight and its input.
+
+    Takes the arguments of `torch.nn.Conv2d`. With both slots empty it computes the same.
+
+    The input is quantized before it is padded, so a padded zero is an exact real zero.
+    """
+
+    weight_quantizer: nn.Module
+    input_quantizer: nn.Module
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.weight_quantizer = nn.Identity()
+        self.input_quantizer = nn.Identity()
+
+    @classmethod
+    def from_float(cls, layer: nn.Conv2d) -> Self:
+        """Wrap the very tensors of `layer` in a layer with empty slots."""
+        return _adopt(
+            cls(
+                layer.in_channels,
+                layer.out_channels,
+                layer.kernel_size,
+                stride=layer.stride,
+                padding=layer.padding,
+                dilation=layer.dilation,
+                groups=layer.groups,
+                bias=layer.bias is not None,
+                padding_mode=layer.padding_mode,
+                device="meta",
+            ),
+            layer,
+        )
+
+    def forward(self, x: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n o i j"]:
+        """Convolve the quantized input with the quantized weight."""
+        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of an input with one image of one pixel; what a per-channel scale is made for."""
+        return (1, self.in_channels, 1, 1)
+
+
+@final
+class QuantLinear(nn.Linear):
+    """A linear layer with slots for its weight and its input.
+
+    Takes the arguments of `torch.nn.Linear`. With both slots empty it computes the same.
+    """
+
+    weight_quantizer: nn.Module
+    input_quantizer: nn.Module
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.weight_quantizer = nn.Identity()
+        self.input_quantizer = nn.Identity()
+
+    @classmethod
+    def from_float(cls, layer: nn.Linear) -> Self:
+        """Wrap the very tensors of `layer` in a layer with empty slots."""
+        bare = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        return _adopt(bare, layer)
+
+    def forward(self, input: Float[Tensor, "*n k"]) -> Float[Tensor, "*n o"]:
+        """Multiply the quantized input by the quantized weight."""
+        return nn.functional.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of an input with one row; what a per-channel scale is made for."""
+        return (1, self.in_features)
+
+
+@final
+class QuantAdd(nn.Module):
+    """The sum of two tensors, with a slot for each.
+
+    Write it into your model where a residual is added: with empty slots it is `left + right`. An addition written as
+    an operator cannot be seen by `swap`, stays float, and is not counted.
+    """
+
+    left_quantizer: nn.Module
+    right_quantizer: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_quantizer = nn.Identity()
+        self.right_quantizer = nn.Identity()
+
+    def forward(self, left: Float[Tensor, "..."], right: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Add the two quantized tensors."""
+        return self.left_quantizer(left) + self.right_quantizer(right)
+
+
+@final
+class QuantConcat(nn.Module):
+    """The concatenation of tensors, with one slot for all of them.
+
+    One quantizer serves every part, so the codes can be concatenated as they are.
+
+    Args:
+        dim: The axis along which the tensors are joined.
+    """
+
+    input_quantizer: nn.Module
+
+    def __init__(self, dim: int = 1) -> None:
+        super().__init__()
+        self.dim = dim
+        self.input_quantizer = nn.Identity()
+
+    def forward(self, *parts: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """Join the quantized tensors.
+
+        Raises:
+            ShapeError: There is nothing to join.
+        """
+        if not parts:
+            raise ShapeError("concatenation of 0 tensors: give at least one")
+        return self.input_quantizer(torch.cat(parts, self.dim))
+
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
+
+
+def _adopt(bare: _Layer, layer: nn.Module) -> _Layer:
+    """Give a layer built without memory the tensors and the mode of the float layer."""
+    for name, parameter in layer.named_parameters(recurse=False):
+        bare.register_parameter(name, parameter)
+    return bare.train(layer.training)

@@ -1,0 +1,214 @@
+"""Deployment form: integer codes in plain buffers.
+
+`pack` turns a quantized model into one whose weights are 32-bit words of packed codes next to a scale or a codebook, and
+whose activation quantizers are frozen. Every tensor is dense and of a native dtype, so any file format can hold it.
+The packed layers here compute in plain torch and define what a faster kernel must equal.
+"""
+
+import math
+from typing import Self, TypeVar, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from q_core import layers
+from q_core.errors import StateError
+from q_core.grid import CodebookGrid, Grid, UniformGrid
+from q_core.layers import QuantConv2d, QuantLinear
+from q_core.module import PreciseModule
+from q_core.observer import Observer
+from q_core.packing import pack_codes, unpack_codes
+from q_core.quantizer import Quantizer
+from q_core.swap import replace_submodule, share
+
+
+@final
+class PackedTensor(PreciseModule):
+    """A quantized tensor as packed codes and the grid they belong to.
+
+    Args:
+        words: Packed codes, see `q_core.packing`.
+        shape: Shape of the tensor.
+        grid: A frozen grid.
+    """
+
+    def __init__(self, words: Tensor, shape: tuple[int, ...], grid: UniformGrid | CodebookGrid) -> None:
+        super().__init__()
+        self.shape, self.grid = shape, grid
+        self.words: Tensor
+        self.register_buffer("words", words)
+
+    @classmethod
+    def from_quantizer(cls, tensor: Tensor, quantizer: Quantizer) -> Self:
+        """Quantize and pack a tensor."""
+        grid = _storable(quantizer.grid)
+        words = pack_codes(quantizer.codes(tensor.detach()), bits=grid.bits, qmin=grid.qmin)
+        return cls(words, tuple(tensor.shape), grid)
+
+    def codes(self) -> Tensor:
+        """Unpack the codes, int32, in the shape of the tensor."""
+        return unpack_codes(
+            self.words, bits=self.grid.bits, count=math.prod(self.shape), qmin=self.grid.qmin
+        ).reshape(self.shape)
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """Return the tensor as reals of the given dtype."""
+        return self.grid.dequantize(self.codes().to(self._table().dtype)).to(dtype)
+
+    def _table(self) -> Tensor:
+        return self.grid.scale if isinstance(self.grid, UniformGrid) else self.grid.codebook
+
+    def stored_bits(self) -> int:
+        """Count the bits that codes, scales, zero points and codebooks take."""
+        return sum(buffer.numel() * buffer.element_size() * 8 for buffer in self.buffers())
+
+
+@final
+class PackedConv2d(nn.Conv2d):
+    """A convolution whose weight is stored as packed codes.
+
+    Made by `pack`; the arguments are those of `torch.nn.Conv2d`.
+    """
+
+    packed_weight: PackedTensor
+    input_quantizer: nn.Module
+
+    @classmethod
+    def from_float(cls, layer: nn.Conv2d, weight: PackedTensor, input_quantizer: nn.Module) -> Self:
+        """Take the geometry and the bias of a convolution."""
+        bare = cls(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            bias=layer.bias is not None,
+            padding_mode=layer.padding_mode,
+            device="meta",
+        )
+        return _fill(bare, layer, weight, input_quantizer)
+
+    def forward(self, x: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n o i j"]:
+        """Convolve the quantized input with the unpacked weight."""
+        return self._conv_forward(self.input_quantizer(x), self.packed_weight(x.dtype), self.bias)
+
+
+@final
+class PackedLinear(nn.Linear):
+    """A linear layer whose weight is stored as packed codes.
+
+    Made by `pack`; the arguments are those of `torch.nn.Linear`.
+    """
+
+    packed_weight: PackedTensor
+    input_quantizer: nn.Module
+
+    @classmethod
+    def from_float(cls, layer: nn.Linear, weight: PackedTensor, input_quantizer: nn.Module) -> Self:
+        """Take the geometry and the bias of a linear layer."""
+        bare = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        return _fill(bare, layer, weight, input_quantizer)
+
+    def forward(self, input: Float[Tensor, "*n k"]) -> Float[Tensor, "*n o"]:
+        """Multiply the quantized input by the unpacked weight."""
+        return nn.functional.linear(self.input_quantizer(input), self.packed_weight(input.dtype), self.bias)
+
+
+PackedLayer = PackedConv2d | PackedLinear
+_PackedLayer = TypeVar("_PackedLayer", PackedConv2d, PackedLinear)
+
+
+def pack(model: nn.Module) -> nn.Module:
+    """Return a twin with packed weights and frozen activation quantizers.
+
+    Args:
+        model: A calibrated model. Not changed.
+
+    Returns:
+        A model with the same outputs, bit for bit. Layers whose weight stays float keep it.
+
+    Raises:
+        StateError: The model still holds observers.
+    """
+    waiting = [path for path, module in model.named_modules() if isinstance(module, Observer)]
+    if waiting:
+        raise StateError(
+            f"model still holds {len(waiting)} observers ({', '.join(waiting[:4])}): call calibrate() before pack()"
+        )
+    twin = share(model)
+    tensors: dict[tuple[int, int], PackedTensor] = {}
+    frozen: dict[int, Quantizer] = {}
+    for path, module in list(twin.named_modules(remove_duplicate=False)):
+        for name, child, parameter in layers.slots(module):
+            if parameter is None and isinstance(child, Quantizer):
+                setattr(module, name, frozen.setdefault(id(child), child.frozen()))
+        if isinstance(module, (QuantConv2d, QuantLinear)) and isinstance(module.weight_quantizer, Quantizer):
+            key = (id(module.weight), id(module.weight_quantizer))
+            if key not in tensors:
+                tensors[key] = PackedTensor.from_quantizer(module.weight, module.weight_quantizer)
+            packed = pack_layer(module, tensors[key], module.input_quantizer)
+            if not path:
+                return packed
+            replace_submodule(twin, path, packed)
+    return twin
+
+
+def pack_layer(layer: nn.Module, weight: PackedTensor, input_quantizer: nn.Module) -> PackedLayer:
+    """Return the packed form of a convolution or linear layer.
+
+    Raises:
+        StateError: The layer is neither.
+    """
+    if isinstance(layer, nn.Conv2d):
+        return PackedConv2d.from_float(layer, weight, input_quantizer)
+    if isinstance(layer, nn.Linear):
+        return PackedLinear.from_float(layer, weight, input_quantizer)
+    raise StateError(f"layer of type {type(layer).__name__} has no packed form: convolution and linear layers have one")
+
+
+def bits_per_weight(model: nn.Module) -> float:
+    """Return the stored bits per weight of the convolution and linear layers, scales and codebooks included.
+
+    Weights that stay float count with the bits of their dtype. Biases are not counted.
+
+    Args:
+        model: A packed or a float model.
+
+    Raises:
+        StateError: The model has no convolution or linear layer.
+    """
+    stored = weights = 0
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, (PackedConv2d, PackedLinear)):
+            tensor = module.packed_weight
+            size, count, key = tensor.stored_bits(), math.prod(tensor.shape), id(tensor)
+        elif isinstance(module, (nn.Conv2d, nn.Linear)):
+            size, count, key = module.weight.numel() * module.weight.element_size() * 8, module.weight.numel(), id(module.weight)
+        else:
+            continue
+        if key not in seen:
+            seen.add(key)
+            stored, weights = stored + size, weights + count
+    if not weights:
+        raise StateError("the model has no convolution or linear layer to count")
+    return stored / weights
+
+
+def _storable(grid: Grid) -> UniformGrid | CodebookGrid:
+    frozen = grid.frozen()
+    if isinstance(frozen, (UniformGrid, CodebookGrid)):
+        return frozen
+    return CodebookGrid(frozen.levels(), qmin=frozen.qmin)
+
+
+def _fill(bare: _PackedLayer, layer: nn.Module, weight: PackedTensor, input_quantizer: nn.Module) -> _PackedLayer:
+    del bare._parameters["weight"]
+    bias = layer._parameters.get("bias")
+    if bias is not None:
+        bare.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    bare.packed_weight, bare.input_quantizer = weight, input_quantizer
+    return bare.train(layer.training)

@@ -1,0 +1,86 @@
+"""Which of the two neighbouring codes a real goes to.
+
+A rounding sees the *code coordinate* `u`: the coordinate in which neighbouring levels are one apart and real zero
+is 0. It returns `floor(u)` or `floor(u) + 1`. Ties are a convention of the rounding, not of the grid: `NearestEven`
+is the convention of ONNX and of LSQ, `NearestTowardZero` that of nuLSQ.
+"""
+
+import abc
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from q_core.functional import straight_through
+from q_core.module import PreciseModule
+
+
+class Rounding(PreciseModule, abc.ABC):
+    """Chooses, for a point between two neighbouring codes, one of the two.
+
+    A soft rounding, while it learns, may return a point between them.
+    """
+
+    @abc.abstractmethod
+    def forward(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return `floor(u)` or `floor(u) + 1` for every element.
+
+        Args:
+            u: Code coordinate; real zero is at 0.
+
+        Returns:
+            Integers in a floating-point dtype.
+        """
+
+
+@final
+class NearestEven(Rounding):
+    """The nearest code; a tie goes to the even code coordinate.
+
+    Gradient:
+        1 everywhere (straight-through).
+
+    Source:
+        ONNX operator `QuantizeLinear`; Esser et al. 2020, arXiv:1902.08153, eq. 1.
+    """
+
+    def forward(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Round half to even."""
+        return straight_through(torch.round(u), u)
+
+
+@final
+class NearestTowardZero(Rounding):
+    """The nearest code; a tie goes to the code nearer to real zero.
+
+    Gradient:
+        1 everywhere (straight-through).
+
+    Source:
+        Gongyo et al. 2024 (nuLSQ), supplement, eq. 5: the strict inequality of the Heaviside function.
+    """
+
+    def forward(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Round half toward zero."""
+        return straight_through(torch.copysign(torch.ceil(u.abs() - 0.5), u), u)
+
+
+@final
+class Stochastic(Rounding):
+    """The upper code with a probability equal to the fractional part, so that the mean is exact.
+
+    Draws from torch's global generator: seed it with `torch.manual_seed`.
+
+    Gradient:
+        1 everywhere (straight-through).
+
+    Source:
+        Gupta et al. 2015, arXiv:1502.02551, section 3.1.
+    """
+
+    def forward(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Round up with probability `u - floor(u)`."""
+        base = torch.floor(u)
+        up = torch.rand_like(u) < u - base
+        return straight_through(base + up, u)

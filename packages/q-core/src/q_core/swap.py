@@ -1,0 +1,360 @@
+"""From a float model to one with observers in its slots.
+
+`swap` never changes the model it is given. It returns a new tree of modules that shares every tensor with the old one,
+so the float model stays at hand as the reference and the twin costs no memory. Rules name modules by their path; a rule
+that matches nothing is an error, and a report says what was swapped and what stays float.
+"""
+
+import copy
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from q_core import layers
+from q_core.errors import DataError, MatchError, QuantizationError, StateError
+from q_core.grid import UniformGrid
+from q_core.layers import QuantAdd, QuantConcat, QuantConv2d, QuantLinear
+from q_core.observer import GridFactory, MinMaxObserver, Observer
+from q_core.rounding import NearestEven, Rounding
+from q_core.spec import QuantSpec
+
+LayerTable = Mapping[type[nn.Module], Callable[[Any], nn.Module]]
+
+DEFAULT_LAYERS: LayerTable = {
+    nn.Conv2d: QuantConv2d.from_float,
+    nn.Linear: QuantLinear.from_float,
+    QuantConv2d: lambda layer: layer,
+    QuantLinear: lambda layer: layer,
+    QuantAdd: lambda layer: layer,
+    QuantConcat: lambda layer: layer,
+}
+"""What `swap` knows how to replace: an exact type, and the function that makes the layer with slots."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What to build in one slot.
+
+    Attributes:
+        spec: The codes and the granularity.
+        observer: Makes the observer: a class, or a `functools.partial` of one with its options.
+        grid: Builds the grid over the range that the observer proposes.
+        rounding: Makes the rounding.
+    """
+
+    spec: QuantSpec
+    observer: Callable[..., Observer] = MinMaxObserver
+    grid: GridFactory = UniformGrid.from_range
+    rounding: Callable[[], Rounding] = NearestEven
+
+    def build(self, shape: tuple[int, ...]) -> Observer:
+        """Make the observer for a tensor of shape `shape`."""
+        return self.observer(
+            self.spec, self.spec.granularity.scale_shape(shape), grid=self.grid, rounding=self.rounding
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Which modules get which recipes.
+
+    Attributes:
+        pattern: Regular expression that must match the whole path of a module, such as `layer1\\..*`.
+        weight: Recipe for the slots that see a parameter; None keeps them float.
+        input: Recipe for the slots that see an activation; None keeps them float.
+    """
+
+    pattern: str
+    weight: Recipe | None = None
+    input: Recipe | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SwappedLayer:
+    """One module that was given observers.
+
+    Attributes:
+        path: Path of the module.
+        kind: Name of its class.
+        weight: The codes of its parameters, None if they stay float.
+        input: The codes of its activations, None if they stay float.
+    """
+
+    path: str
+    kind: str
+    weight: QuantSpec | None
+    input: QuantSpec | None
+
+
+@dataclasses.dataclass(frozen=True)
+class FloatLayer:
+    """One module that stays float.
+
+    Attributes:
+        path: Path of the module.
+        kind: Name of its class.
+        reason: Why.
+    """
+
+    path: str
+    kind: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SwapReport:
+    """What `swap` did.
+
+    Operators written as functions (`x + y`, `torch.cat`) are not modules: they stay float and cannot be listed.
+
+    Attributes:
+        swapped: Modules with observers.
+        stays_float: Modules with parameters of their own that were left alone.
+    """
+
+    swapped: tuple[SwappedLayer, ...]
+    stays_float: tuple[FloatLayer, ...]
+
+    def __str__(self) -> str:
+        """Tabulate one module a line."""
+        rows = [f"{layer.path:40} {layer.kind:14} {_bits(layer.weight)}{_bits(layer.input, 'A')}" for layer in self.swapped]
+        rows += [f"{layer.path:40} {layer.kind:14} float: {layer.reason}" for layer in self.stays_float]
+        return "\n".join(rows)
+
+
+def _bits(spec: QuantSpec | None, letter: str = "W") -> str:
+    return f"{letter}{spec.bits if spec else 32}"
+
+
+def swap(
+    model: nn.Module, rules: Sequence[Rule], *, table: LayerTable = DEFAULT_LAYERS
+) -> tuple[nn.Module, SwapReport]:
+    """Return a twin of the model with observers in the slots that the rules name.
+
+    The first rule that matches a path decides. Modules that no rule matches stay float. The twin shares every
+    parameter and buffer with `model`: to train it without training `model` too, swap a deep copy.
+
+    Args:
+        model: The float model. Not changed.
+        rules: Tried in order.
+        table: Which exact types can be swapped, and how.
+
+    Returns:
+        The twin, and what was swapped and what stays float.
+
+    Raises:
+        MatchError: A rule matches no module that can be swapped.
+        QuantizationError: A recipe does not fit a layer; the note names it.
+    """
+    twin = share(model)
+    paths = [path for path, module in twin.named_modules() if type(module) in table]
+    _check_rules(rules, paths, twin)
+    swapped: list[SwappedLayer] = []
+    replaced: dict[int, nn.Module] = {}
+    observers: dict[tuple[int, int], Observer] = {}
+    for path in paths:
+        rule = next((rule for rule in rules if re.fullmatch(rule.pattern, path)), None)
+        if rule is None or (rule.weight is None and rule.input is None):
+            continue
+        layer = twin.get_submodule(path)
+        replaced[id(layer)] = new = table[type(layer)](layer)
+        try:
+            weight, activation = _fill(new, rule, observers)
+        except QuantizationError as error:
+            error.add_note(f"while swapping {path or 'the model itself'}")
+            raise
+        swapped.append(SwappedLayer(path, type(layer).__name__, weight, activation))
+    twin = _replace(twin, replaced)
+    done = {layer.path for layer in swapped}
+    return twin, SwapReport(tuple(swapped), tuple(_stays_float(model, done, table)))
+
+
+def share(model: nn.Module) -> nn.Module:
+    """Copy the tree of modules, not the tensors: parameters and buffers are the same objects in both."""
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, memo=shared)  # type: ignore[arg-type]
+
+
+def replace_submodule(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put `new` at `path`, in place.
+
+    Raises:
+        MatchError: There is no such path.
+    """
+    parent_path, _, name = path.rpartition(".")
+    try:
+        parent = model.get_submodule(parent_path)
+        model.get_submodule(path)
+    except AttributeError as error:
+        raise MatchError(f"module {path!r} is not in the model") from error
+    parent._modules[name] = new
+
+
+def _replace(root: nn.Module, replaced: dict[int, nn.Module]) -> nn.Module:
+    """Replace modules by identity wherever they are registered, so that shared modules stay shared."""
+    for parent in list(root.modules()):
+        for name, child in parent._modules.items():
+            if id(child) in replaced:
+                parent._modules[name] = replaced[id(child)]
+    return replaced.get(id(root), root)
+
+
+def _fill(
+    layer: nn.Module, rule: Rule, observers: dict[tuple[int, int], Observer]
+) -> tuple[QuantSpec | None, QuantSpec | None]:
+    weight_spec = input_spec = None
+    for name, _, parameter in layers.slots(layer):
+        if parameter is not None and rule.weight is not None:
+            # Layers that share a parameter share its observer: tied weights are quantized once.
+            key = (id(parameter), id(rule.weight))
+            if key not in observers:
+                observers[key] = rule.weight.build(tuple(parameter.shape))
+            setattr(layer, name, observers[key])
+            weight_spec = rule.weight.spec
+        elif parameter is None and rule.input is not None:
+            setattr(layer, name, rule.input.build(_input_shape(layer)))
+            input_spec = rule.input.spec
+    return weight_spec, input_spec
+
+
+def _input_shape(layer: nn.Module) -> tuple[int, ...]:
+    shape = getattr(layer, "input_shape", None)
+    return shape() if shape is not None else (1,)
+
+
+def _check_rules(rules: Sequence[Rule], paths: list[str], twin: nn.Module) -> None:
+    for rule in rules:
+        if not any(re.fullmatch(rule.pattern, path) for path in paths):
+            near = difflib.get_close_matches(rule.pattern.replace("\\", ""), paths, n=1, cutoff=0.3)
+            hint = f"did you mean {near[0]!r}?" if near else f"the model is a {type(twin).__name__}"
+            known = ", ".join(paths[:4]) + (f" … {paths[-1]}" if len(paths) > 4 else "")
+            raise MatchError(
+                f"rule {rule.pattern!r} matched no module that can be swapped; there are {len(paths)}: {known or 'none'} "
+                f"({hint})"
+            )
+
+
+def _stays_float(model: nn.Module, done: set[str], table: LayerTable) -> list[FloatLayer]:
+    kept = []
+    for path, module in model.named_modules():
+        if path in done:
+            continue
+        own = any(parameter is not None for parameter in module._parameters.values())
+        if type(module) in table:
+            kept.append(FloatLayer(path, type(module).__name__, "no rule asks for it"))
+        elif own:
+            kept.append(FloatLayer(path, type(module).__name__, "this type cannot be swapped"))
+    return kept
+
+
+def fold_batchnorm(model: nn.Module, example: Any) -> nn.Module:
+    """Return a twin in which batch norms are folded into the convolution or linear layer before them.
+
+    Runs the example once to see which batch norm reads the output of which layer, so names and `forward` do not
+    matter. Then runs model and twin in float64 and compares, so a fold that would change the function is refused.
+
+    Args:
+        model: The float model. Not changed; its mode does not matter, the fold is of evaluation mode.
+        example: One input, or a tuple of positional inputs.
+
+    Returns:
+        A twin in which folded batch norms are `nn.Identity`. Layers without a batch norm share their tensors.
+
+    Raises:
+        StateError: The folded model computes something else, for example because the output of a convolution is
+            also used beside its batch norm.
+        DataError: The example holds no tensor.
+    """
+    arguments = example if isinstance(example, tuple) else (example,)
+    if not any(isinstance(argument, Tensor) for argument in arguments):
+        raise DataError(f"example of type {type(example).__name__} holds no tensor: pass an input of the model")
+    twin = share(model).eval()
+    pairs = _normalized_layers(twin, arguments)
+    replaced: dict[int, nn.Module] = {}
+    for layer, norm in pairs:
+        fuse = fuse_conv_bn_eval if isinstance(layer, nn.Conv2d) else fuse_linear_bn_eval
+        replaced[id(layer)] = fuse(layer, norm)  # type: ignore[operator]
+        replaced[id(norm)] = nn.Identity()
+    folded = _replace(twin, replaced)
+    _check_equal(model, folded, arguments, len(pairs))
+    for module, original in zip(folded.modules(), model.modules(), strict=True):
+        module.training = original.training
+    return folded
+
+
+def _normalized_layers(model: nn.Module, arguments: tuple[Any, ...]) -> list[tuple[nn.Module, nn.Module]]:
+    """Find the pairs in which a batch norm reads the very output of a convolution or linear layer."""
+    producers: dict[int, nn.Module] = {}
+    outputs: list[Tensor] = []  # keeps the tensors alive, so that no id is used twice
+    calls: dict[int, int] = {}
+    pairs: list[tuple[nn.Module, nn.Module]] = []
+    handles = []
+
+    def produced(module: nn.Module, _: Any, output: Tensor) -> None:
+        calls[id(module)] = calls.get(id(module), 0) + 1
+        outputs.append(output)
+        producers[id(output)] = module
+
+    def consumed(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        calls[id(module)] = calls.get(id(module), 0) + 1
+        if id(inputs[0]) in producers:
+            pairs.append((producers[id(inputs[0])], module))
+
+    for module in model.modules():
+        if type(module) in (nn.Conv2d, nn.Linear):
+            handles.append(module.register_forward_hook(produced))
+        elif type(module) in (nn.BatchNorm2d, nn.BatchNorm1d) and module.track_running_stats:
+            handles.append(module.register_forward_pre_hook(consumed))
+    try:
+        with torch.no_grad():
+            model(*arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    shared = _shared_parameters(model)
+    return [
+        (layer, norm)
+        for layer, norm in pairs
+        if calls[id(layer)] == calls[id(norm)] == 1 and id(layer.weight) not in shared and norm.affine
+    ]
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Parameters that more than one module owns: folding one owner would break the tie."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return {key for key, count in owners.items() if count > 1}
+
+
+def _check_equal(model: nn.Module, folded: nn.Module, arguments: tuple[Any, ...], count: int) -> None:
+    double = tuple(a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+    with torch.no_grad():
+        expected = copy.deepcopy(model).eval().double()(*double)
+        actual = copy.deepcopy(folded).double()(*double)
+    for left, right in zip(_tensors(expected), _tensors(actual), strict=True):
+        # The folded weights were rounded to the dtype of the model, which sets the error that is allowed.
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        tolerance = max(1e-5, 8 * torch.finfo(dtype).eps)
+        error = float((left - right).abs().max() / left.abs().max().clamp(min=1e-30)) if left.numel() else 0.0
+        if not error <= tolerance:
+            raise StateError(
+                f"folding {count} batch norms changes the output by {error:.2g} of its largest value, allowed is "
+                f"{tolerance:.2g}: the output of a convolution is probably used beside its batch norm; quantize without "
+                "folding"
+            )
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    return [tensor for part in output for tensor in _tensors(part)] if isinstance(output, (list, tuple)) else []
