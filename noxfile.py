@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import tomllib
+from collections.abc import Sequence
 
 import nox
 
@@ -36,7 +37,7 @@ def dependencies(package: str) -> list[str]:
     return [*siblings, package]
 
 
-def install(session: nox.Session, *packages: str, tools: list[str] = [], extras: str = "") -> None:
+def install(session: nox.Session, *packages: str, tools: Sequence[str] = (), extras: str = "") -> None:
     """Install packages editable with the siblings they declare, in one command, so that none is sought elsewhere."""
     names = dict.fromkeys(name for package in packages for name in dependencies(package))
     editable = [part for name in names for part in ("-e", f"packages/{name}{extras if name in packages else ''}")]
@@ -140,7 +141,7 @@ def dev(session: nox.Session) -> None:
     session.log(f"activate it with: source {venv.relative_to(ROOT)}/bin/activate")
 
 
-def install_torchvision(session: nox.Session, *packages: str, tools: list[str] = [], extras: str = "") -> None:
+def install_torchvision(session: nox.Session, *packages: str, tools: Sequence[str] = (), extras: str = "") -> None:
     """Install packages beside the ordinary pair torch and torchvision, whose compiled parts fit each other.
 
     pip, not uv: it is the resolver that a user's machine is set up for, down to its cache of large wheels.

@@ -7,6 +7,7 @@ number of batches. Either every observer becomes a quantizer, or an error leaves
 import collections
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from torch import distributed as dist
 from tqdm.auto import tqdm
 
 from q_core import layers
-from q_core.errors import DataError, QuantizationError, StateError
+from q_core.errors import DataError, QuantizationError, SpecError, StateError
 from q_core.grid import UniformGrid
 from q_core.observer import Observer
 from q_core.quantizer import Quantizer
@@ -42,10 +43,10 @@ class CalibrationReport:
     """What `calibrate` saw.
 
     Attributes:
-        batches: Batches that entered the statistics, of all ranks.
+        batches: Batches that entered the statistics, of all ranks. 0 when no activation is quantized.
         skipped: Index of each batch that was left out because of non-finite values.
         dead: For each slot with tiles that saw only zero, their indices. Their scale is 1.
-        widened: Slots whose scale was raised so that the bias of their layer fits in 32 bits.
+        widened: Weight slots in which a scale was raised so that the bias of the layer fits in 32 bits.
         reused: Layers that ran more than once in a forward pass, and how often.
     """
 
@@ -56,7 +57,7 @@ class CalibrationReport:
     reused: Mapping[str, int]
 
 
-def feed(model: nn.Module, batch: Any) -> Any:
+def feed(model: Callable[..., Any], batch: Any) -> Any:
     """Run one batch: a tensor as it is, a mapping as keywords, the first entry of a list or tuple.
 
     A list or tuple is taken for `(images, labels)`, as `DataLoader` yields it.
@@ -71,8 +72,8 @@ def feed(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, (list, tuple)) and batch:
         return model(batch[0])
     raise DataError(
-        f"batch of type {type(batch).__name__}: a tensor, a mapping, or a list that starts with the input is understood; "
-        "for anything else pass forward="
+        f"batch of type {type(batch).__name__}: a tensor, a mapping, or a list that starts with the input "
+        "is understood; for anything else pass forward="
     )
 
 
@@ -89,39 +90,46 @@ def calibrate(
 
     Parameters are observed once, activations while the network runs in evaluation mode with everything else in float.
     Each module's mode is restored afterwards. Under an initialised `torch.distributed` process group the statistics
-    of all ranks are merged, and every rank gets the same quantizers as one process that sees all the batches.
+    of all ranks are merged, and every rank gets the same quantizers as one process that sees all the batches; when one
+    rank fails, all do.
 
     Args:
         model: A model made by `swap`. Changed in place.
-        batches: Calibration data; labels are not used. On several ranks, this rank's share.
+        batches: Calibration data; labels are not used. On several ranks, this rank's share. Not read when no activation
+            is quantized.
         forward: Runs one batch: `(model, batch) -> anything`.
         on_nonfinite: What a NaN or infinity does: `"raise"`, or `"skip"` the whole batch and report it.
         on_reuse: What a layer does that runs more than once in a forward pass: `"raise"`, or `"merge"` its inputs
             into one set of statistics and so one scale.
-        progress: Whether to show a progress bar; it is silent anyway when the output is no terminal.
+        progress: Whether to show a progress bar, on rank 0; it is silent anyway when the output is no terminal.
 
     Returns:
         What was seen.
 
     Raises:
-        StateError: No observer, a layer that never ran, or one that ran more than once.
+        StateError: No observer, a layer that never ran, or one that ran more than once; or another rank failed.
         DataError: No batch, or a non-finite value; the message names the first layer and the batch.
+        SpecError: `on_nonfinite` or `on_reuse` is none of the choices.
         QuantizationError: An observer refuses its statistics; the note names the slot.
     """
+    _check_choice("on_nonfinite", on_nonfinite, ("raise", "skip"))
+    _check_choice("on_reuse", on_reuse, ("raise", "merge"))
     found = _observers(model)
     if not found:
         raise StateError("the model holds no observer: call swap() first, or the model is calibrated already")
-    stream = _nonempty(batches)
     parameters = [slot for slot in found if slot.parameter is not None]
     activations = [slot for slot in found if slot.parameter is None]
+    run = _Run(model, activations, forward, on_nonfinite, on_reuse)
+    with _together(found):
+        stream = _nonempty(batches) if activations else iter(())
     with ExitStack() as undo:
         undo.callback(_put_back, [(slot, copy.deepcopy(slot.observer.state_dict())) for slot in found])
-        _observe_parameters(parameters)
-        for slot in parameters:
-            slot.put(nn.Identity())
-        with _evaluation(model):
-            run = _Run(model, activations, forward, on_nonfinite, on_reuse)
-            count, skipped = run.observe(stream, progress)
+        with _together(found):
+            _observe_parameters(parameters)
+            for slot in parameters:
+                slot.put(nn.Identity())
+            with evaluation(model):
+                count, skipped = run.observe(stream, progress) if activations else (0, [])
         count = _merge(activations, count)
         made, dead = _make_quantizers(found)
         widened = _widen_for_bias(found, made)
@@ -157,7 +165,30 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             slot.put(made[id(slot.observer)])
         _check_state(model.state_dict(), state)
         undo.pop_all()
-    model.load_state_dict(dict(state), strict=True)
+    model.load_state_dict(_copies(model, state), strict=True, assign=True)
+
+
+def _copies(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy the state in the dtype of the model, one copy for all names of a tensor.
+
+    The copies replace the tensors of the model: writing into them would write into the float model, which shares them.
+    """
+    copies: dict[int, Tensor] = {}
+    named: dict[str, Tensor] = {}
+    for name, current in model.state_dict(keep_vars=True).items():
+        if id(current) not in copies:
+            given = state[name].detach()
+            device = given.device if current.is_meta else current.device
+            new = given.to(device=device, dtype=current.dtype, copy=True)
+            is_parameter = isinstance(current, nn.Parameter)
+            copies[id(current)] = nn.Parameter(new, requires_grad=current.requires_grad) if is_parameter else new
+        named[name] = copies[id(current)]
+    return named
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise SpecError(f"{name}={value!r}: it must be one of {', '.join(map(repr, allowed))}")
 
 
 def _check_state(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
@@ -194,16 +225,28 @@ def _nonempty(batches: Iterable[Any]) -> Iterator[Any]:
         first = next(iterator)
     except StopIteration:
         raise DataError("the calibration data holds no batch: give at least one") from None
-
-    def chain() -> Iterator[Any]:
-        yield first
-        yield from iterator
-
-    return chain()
+    return itertools.chain([first], iterator)
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
+def _together(slots: list[_Slot]) -> Iterator[None]:
+    """Let every rank fail when one does, instead of waiting for it in the next collective until a timeout."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if _distributed():
+        failed = torch.tensor(int(failure is not None), device=slots[0].observer.low.device)
+        dist.all_reduce(failed, dist.ReduceOp.MAX)
+        if failed and failure is None:
+            raise StateError("calibration failed on another rank: its message tells why")
+    if failure is not None:
+        raise failure
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
     """Run in evaluation mode without gradients, and restore the mode of every single module."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -243,7 +286,7 @@ class _Run:
         self.model, self.slots, self.forward = model, slots, forward
         self.on_nonfinite, self.on_reuse = on_nonfinite, on_reuse
         self.reused: dict[str, int] = {}
-        self.ran: set[int] = set()
+        self.running = ""
         self._layers = {id(slot.parent): slot.path.rpartition(".")[0] for slot in slots}
 
     def observe(self, stream: Iterator[Any], progress: bool) -> tuple[int, list[int]]:
@@ -251,7 +294,8 @@ class _Run:
         for slot in self.slots:
             slot.observer.begin(world)
         count, skipped = 0, []
-        bar = tqdm(stream, desc="calibrate", unit="batch", disable=None if progress else True)
+        shown = progress and not (_distributed() and dist.get_rank())
+        bar = tqdm(stream, desc="calibrate", unit="batch", disable=None if shown else True)
         for index, batch in enumerate(bar):
             skip = self.on_nonfinite == "skip"
             saved = [copy.deepcopy(slot.observer.state_dict()) for slot in self.slots] if skip else []
@@ -264,6 +308,7 @@ class _Run:
                 skipped.append(index)
             else:
                 count += 1
+            del batch  # or it would live on while the next one is fetched
         if not count:
             raise DataError(f"all {len(skipped)} batches held non-finite values: nothing is left to calibrate with")
         self._check_all_ran()
@@ -271,19 +316,21 @@ class _Run:
 
     def _one(self, index: int, batch: Any) -> None:
         calls: collections.Counter[int] = collections.Counter()
-        handles = [
-            module.register_forward_pre_hook(lambda module, _: calls.update([id(module)]))
-            for module in {id(slot.parent): slot.parent for slot in self.slots}.values()
-        ]
+
+        def enter(module: nn.Module, _: Any) -> None:
+            calls[id(module)] += 1
+            self.running = self._layers[id(module)]
+
+        parents = {id(slot.parent): slot.parent for slot in self.slots}
+        handles = [module.register_forward_pre_hook(enter) for module in parents.values()]
         try:
             self.forward(self.model, batch)
         except QuantizationError as error:
-            error.add_note(f"while calibrating with batch {index}")
+            error.add_note(f"while calibrating {self.running or 'the model'} with batch {index}")
             raise
         finally:
             for handle in handles:
                 handle.remove()
-        self.ran |= calls.keys()
         for key, times in calls.items():
             if times > 1:
                 path = self._layers[key]
@@ -316,6 +363,8 @@ class _Run:
         finally:
             for handle in handles:
                 handle.remove()
+        if not found:
+            return f"batch {index} held non-finite values, but not when it ran again: the model is not deterministic"
         path, bad, total = found[0]
         return (
             f"batch {index} has {bad} non-finite of {total} values at {path.removesuffix(layers.SLOT_SUFFIX)}: "
@@ -361,22 +410,29 @@ def _make_quantizers(slots: list[_Slot]) -> tuple[dict[int, Quantizer], dict[str
 
 
 def _widen_for_bias(slots: list[_Slot], made: dict[int, Quantizer]) -> list[str]:
-    """Raise activation scales so small that an integer bias of scale `s_x * s_w` would overflow 32 bits."""
+    """Raise weight scales so small that an integer bias of scale `s_x * s_w` would overflow 32 bits.
+
+    The coarser weights of such a channel move its output by less than 2**-22 of its bias per tap, for 8-bit inputs. The
+    activation scale is left alone, because all channels share it.
+    """
     widened = []
     by_layer: dict[int, dict[str, _Slot]] = collections.defaultdict(dict)
     for slot in slots:
         by_layer[id(slot.parent)][slot.name] = slot
     for entry in by_layer.values():
-        if {"weight_quantizer", "input_quantizer"} <= entry.keys():
-            bias = entry["input_quantizer"].parent._parameters.get("bias")
-            grid = made[id(entry["input_quantizer"].observer)].grid
-            weight = made[id(entry["weight_quantizer"].observer)].grid
-            if bias is None or not isinstance(grid, UniformGrid) or not isinstance(weight, UniformGrid):
-                continue
-            per_output = weight.scale.detach().flatten(1).amin(1) if weight.scale.ndim > 1 else weight.scale.detach()
-            floor = (bias.detach().abs().to(per_output) / (per_output * _BIAS_RANGE)).max()
-            if bool((grid.scale < floor).any()):
-                with torch.no_grad():
-                    grid.scale.clamp_(min=float(floor))
-                widened.append(entry["input_quantizer"].path)
+        if not {"weight_quantizer", "input_quantizer"} <= entry.keys():
+            continue
+        slot = entry["weight_quantizer"]
+        bias = slot.parent._parameters.get("bias")
+        weight, activation = made[id(slot.observer)].grid, made[id(entry["input_quantizer"].observer)].grid
+        if bias is None or not isinstance(weight, UniformGrid) or not isinstance(activation, UniformGrid):
+            continue
+        floor = bias.detach().abs().to(weight.scale) / (activation.scale.detach().min() * _BIAS_RANGE)
+        # Tiles may span several output channels, all of them or a block: the one with the largest bias decides.
+        shape = weight.scale.shape
+        floor = floor.reshape(shape[0], -1).amax(1).reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
+        if bool((weight.scale < floor).any()):
+            with torch.no_grad():
+                weight.scale.clamp_(min=floor)
+            widened.append(slot.path)
     return widened

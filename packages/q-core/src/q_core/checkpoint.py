@@ -1,7 +1,8 @@
 """Packed models on disk: safetensors and JSON, checked and written atomically.
 
 A file holds every tensor of a packed model once, and in its metadata a description of the packed layers and quantizers,
-the ties between tensors, and a SHA-256 of the contents. No code is stored and none is run on loading.
+the ties between tensors, and a SHA-256 of the contents. No code is stored and none is run on loading. The architecture
+is not stored either: it comes from the skeleton that the reader is given.
 """
 
 import hashlib
@@ -17,13 +18,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from q_core.errors import FormatError, MatchError, StateError
+from q_core import layers
+from q_core.errors import FormatError, QuantizationError, StateError
+from q_core.functional import check_tiling
 from q_core.grid import CodebookGrid, Grid, UniformGrid
-from q_core.packed import PackedConv2d, PackedLinear, PackedTensor, pack_layer
+from q_core.layers import QuantConv2d, QuantLinear
+from q_core.observer import Observer
+from q_core.packed import PackedTensor, pack_layer
 from q_core.packing import packed_words
 from q_core.quantizer import Quantizer
 from q_core.rounding import NearestEven, NearestTowardZero, Rounding, Stochastic
-from q_core.swap import replace_submodule, share
+from q_core.swap import DEFAULT_LAYERS, replace_modules, replace_submodule, share
 
 FORMAT, VERSION = "q-pack", 1
 _ROUNDINGS: tuple[type[Rounding], ...] = (NearestEven, NearestTowardZero, Stochastic)
@@ -40,22 +45,28 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         The path.
 
     Raises:
-        StateError: Nothing in the model is packed, or it holds a grid or rounding that the format cannot describe.
+        StateError: The model is not packed, or holds a grid, rounding or state that the format cannot describe.
     """
+    _check_packed(model)
     packed: dict[str, Any] = {}
     quantizers: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PackedTensor):
             packed[name] = {"shape": list(module.shape), "grid": _describe_grid(module.grid)}
         elif isinstance(module, Quantizer):
-            quantizers[name] = {"grid": _describe_grid(module.grid), "rounding": _describe_rounding(name, module.rounding)}
+            quantizers[name] = {
+                "grid": _describe_grid(module.grid),
+                "rounding": _describe_rounding(name, module.rounding),
+            }
     if not packed and not quantizers:
         raise StateError("nothing in the model is packed: call pack() before save_packed()")
     tensors, aliases = _unique(model.state_dict(keep_vars=True))
+    modules = list(model.named_modules(remove_duplicate=False))
     description = {
         "packed": packed,
         "quantizers": quantizers,
-        "identities": [name for name, module in model.named_modules() if isinstance(module, nn.Identity)],
+        "swapped": [name for name, module in modules if isinstance(module, (QuantConv2d, QuantLinear))],
+        "identities": [name for name, module in modules if isinstance(module, nn.Identity) and not _is_slot(name)],
         "aliases": aliases,
     }
     text = json.dumps(description, sort_keys=True)
@@ -80,45 +91,79 @@ def load_packed(path: str | os.PathLike[str], skeleton: nn.Module) -> nn.Module:
         FormatError: The file is not of this format or version, is damaged, or does not fit the skeleton.
     """
     tensors, description = _read(Path(path))
-    model = share(skeleton).eval()
     try:
-        for name in description["identities"]:
-            replace_submodule(model, name, nn.Identity())
-        loaded: dict[str, PackedTensor] = {}
-        for name, entry in description["packed"].items():
-            owner = name.rpartition(".")[0]
-            words = f"{name}.words"
-            canonical = description["aliases"].get(words, words)
-            if canonical not in loaded:
-                loaded[canonical] = _read_packed(entry)
-            layer = pack_layer(model.get_submodule(owner), loaded[canonical], nn.Identity())
-            if not owner:
-                model = layer
-            else:
-                replace_submodule(model, owner, layer)
-        for name, entry in description["quantizers"].items():
-            rounding = next(kind for kind in _ROUNDINGS if kind.__name__ == entry["rounding"])()
-            replace_submodule(model, name, Quantizer(_read_grid(entry["grid"]), rounding))
-        _add_folded_biases(model, tensors)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if name in tensors:
-                tensors[name] = nn.Parameter(tensors[name], requires_grad=parameter.requires_grad)
-        for name, canonical in description["aliases"].items():
-            tensors[name] = tensors[canonical]
-        model.load_state_dict(tensors, strict=True, assign=True)
-    except (MatchError, AttributeError, RuntimeError) as error:
+        model = _rebuild(share(skeleton).eval(), description)
+        _assign(model, tensors, description["aliases"])
+    except (QuantizationError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise FormatError(
-            f"{path} does not fit a {type(skeleton).__name__}: {error}; pass a model of the architecture that was packed"
+            f"{path} does not fit a {type(skeleton).__name__}: {error}; pass a model of the architecture that was "
+            "packed"
         ) from error
     return model
 
 
-def _add_folded_biases(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Give a bias to the layers that got one when their batch norm was folded."""
+def _check_packed(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        quantized = isinstance(module, (QuantConv2d, QuantLinear)) and isinstance(module.weight_quantizer, Quantizer)
+        if quantized or isinstance(module, Observer):
+            raise StateError(f"{path or 'the model'} holds a {type(module).__name__}: call pack() before save_packed()")
+
+
+def _rebuild(model: nn.Module, description: dict[str, Any]) -> nn.Module:
+    """Give the skeleton the modules of the packed model, without their tensors."""
+    for module in model.modules():
+        for slot, child, _ in layers.slots(module):
+            if isinstance(child, (Observer, Quantizer)):
+                setattr(module, slot, nn.Identity())
+    for name in description["identities"]:
+        replace_submodule(model, name, nn.Identity())
+    new: dict[int, nn.Module] = {}
+    loaded: dict[str, PackedTensor] = {}
+    for name, entry in description["packed"].items():
+        owner = name.rpartition(".")[0]
+        layer = model.get_submodule(owner)
+        _check_shape(owner, layer, entry)
+        words = f"{name}.words"
+        weight = loaded.setdefault(description["aliases"].get(words, words), _read_packed(entry))
+        new.setdefault(id(layer), pack_layer(layer, weight, nn.Identity()))
+    for name in description["swapped"]:
+        layer = model.get_submodule(name)
+        new.setdefault(id(layer), DEFAULT_LAYERS[type(layer)](layer))
+    model = replace_modules(model, new)
+    for name, entry in description["quantizers"].items():
+        rounding = next((kind for kind in _ROUNDINGS if kind.__name__ == entry["rounding"]), None)
+        if rounding is None:
+            raise FormatError(f"{name} rounds with an unknown {entry['rounding']!r}")
+        replace_submodule(model, name, Quantizer(_read_grid(entry["grid"]), rounding()))
+    return model
+
+
+def _check_shape(name: str, layer: nn.Module, entry: dict[str, Any]) -> None:
+    shape = tuple(entry["shape"])
+    wanted: tuple[int, ...] = shape
+    if isinstance(layer, nn.Conv2d):
+        wanted = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    elif isinstance(layer, nn.Linear):
+        wanted = (layer.out_features, layer.in_features)
+    if shape != wanted:
+        raise FormatError(f"{name or 'the layer'} has a weight of shape {wanted}, the file one of shape {shape}")
+    check_tiling(tuple(entry["grid"]["tiles"]), shape)
+
+
+def _assign(model: nn.Module, tensors: dict[str, Tensor], aliases: dict[str, str]) -> None:
+    """Put the tensors of the file in place of the model's, one for all names of a tensor."""
+    named = tensors | {name: tensors[canonical] for name, canonical in aliases.items()}
     for name, module in model.named_modules():
+        # A layer got a bias when its batch norm was folded.
         key = f"{name}.bias" if name else "bias"
-        if key in tensors and module._parameters.get("bias", key) is None:
-            module.bias = nn.Parameter(torch.empty_like(tensors[key]), requires_grad=False)
+        if key in named and module._parameters.get("bias", key) is None:
+            module.bias = nn.Parameter(torch.empty_like(named[key]), requires_grad=False)
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in named:
+            tensor = named[name]
+            named[name] = made.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=parameter.requires_grad))
+    model.load_state_dict(named, strict=True, assign=True)
 
 
 def write_atomically(target: Path, write: Any) -> None:
@@ -147,6 +192,8 @@ def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
     aliases: dict[str, str] = {}
     first: dict[int, str] = {}
     for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise StateError(f"state_dict entry {name!r} is a {type(tensor).__name__}: the format holds tensors only")
         canonical = first.setdefault(id(tensor), name)
         if canonical == name:
             tensors[name] = tensor.detach().contiguous().cpu().clone()
@@ -168,17 +215,24 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise FormatError(f"{path} is not a sound safetensors file: {error}") from error
     if metadata.get("format") != FORMAT:
-        raise FormatError(f"{path} has format {metadata.get('format')!r}: expected {FORMAT!r}, written by save_packed()")
+        raise FormatError(
+            f"{path} has format {metadata.get('format')!r}: expected {FORMAT!r}, written by save_packed()"
+        )
     if metadata.get("version") != str(VERSION):
         raise FormatError(f"{path} has version {metadata.get('version')!r}: this release reads {VERSION}")
-    if _digest(tensors, metadata["description"]) != metadata["sha256"]:
+    text = metadata.get("description", "")
+    if _digest(tensors, text) != metadata.get("sha256"):
         raise FormatError(f"{path} is damaged: its SHA-256 is not the one it was written with; copy it again")
-    description: dict[str, Any] = json.loads(metadata["description"])
+    description: dict[str, Any] = json.loads(text)
     return tensors, description
+
+
+def _is_slot(name: str) -> bool:
+    return name.endswith(layers.SLOT_SUFFIX)
 
 
 def _describe_grid(grid: Grid) -> dict[str, Any]:
@@ -193,19 +247,25 @@ def _describe_grid(grid: Grid) -> dict[str, Any]:
 def _describe_rounding(name: str, rounding: Rounding) -> str:
     if type(rounding) not in _ROUNDINGS:
         known = ", ".join(kind.__name__ for kind in _ROUNDINGS)
-        raise StateError(f"{name} rounds with a {type(rounding).__name__}, which the format cannot hold: known are {known}")
+        raise StateError(
+            f"{name} rounds with a {type(rounding).__name__}, which the format cannot hold: known are {known}"
+        )
     return type(rounding).__name__
+
+
+# What is read is described first and filled in later, so the placeholders take no memory: the file, not its
+# description, decides how much is allocated.
 
 
 def _read_grid(entry: dict[str, Any]) -> UniformGrid | CodebookGrid:
     tiles, qmin, qmax = tuple(entry["tiles"]), entry["qmin"], entry["qmax"]
+    scale = torch.ones(tiles, device="meta")
     if entry["kind"] == "uniform":
-        ones = torch.ones(tiles)
-        return UniformGrid(ones, torch.full(tiles, float(qmin)) if entry["zero_point"] else None, qmin=qmin, qmax=qmax)
-    return CodebookGrid(torch.arange(qmax - qmin + 1.0).expand(*tiles, -1), qmin=qmin)
+        return UniformGrid(scale, scale if entry["zero_point"] else None, qmin=qmin, qmax=qmax)
+    return CodebookGrid(scale.unsqueeze(-1).expand(*tiles, qmax - qmin + 1), qmin=qmin)
 
 
 def _read_packed(entry: dict[str, Any]) -> PackedTensor:
     grid, shape = _read_grid(entry["grid"]), tuple(entry["shape"])
-    return PackedTensor(torch.zeros(packed_words(math.prod(shape), grid.bits), dtype=torch.int32), shape, grid)
-
+    words = torch.zeros(packed_words(math.prod(shape), grid.bits), dtype=torch.int32, device="meta")
+    return PackedTensor(words, shape, grid)

@@ -46,7 +46,7 @@ def straight_through(value: Float[Tensor, "*shape"], surrogate: Float[Tensor, "*
     Gradient:
         1 to `surrogate`, none to `value`.
     """
-    result: Tensor = _StraightThrough.apply(value.detach(), surrogate)
+    result: Tensor = _StraightThrough.apply(value.detach(), surrogate)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -194,7 +194,8 @@ def quantize(
 ) -> Float[Tensor, "*shape"]:
     r"""Map reals to codes on a uniform grid.
 
-    $$ q = \mathrm{clamp}\left(\lfloor \mathrm{clamp}(x/s,\ q_{min}-z,\ q_{max}-z) \rceil + z,\ q_{min},\ q_{max}\right) $$
+    $$ q = \mathrm{clamp}(\lfloor u \rceil + z,\ q_{min},\ q_{max}), \quad
+       u = \mathrm{clamp}(x/s,\ q_{min}-z,\ q_{max}-z) $$
 
     The code coordinate `x / scale` is clamped before it is rounded, so a real counts as outside as soon as it
     passes the outermost level. Clamping after rounding, as PyTorch's learnable fake-quantize does, counts the

@@ -151,10 +151,10 @@ class UniformGrid(Grid):
             A grid whose scale has the shape of `low`.
 
         Raises:
-            RangeError: The range is not finite, or it is negative and the codes are not.
+            RangeError: The range is not finite, or lies wholly on the side of zero that has no codes.
         """
         _check_range(spec, low, high)
-        low, high = low.clamp(max=0), high.clamp(min=0)
+        low, high = _wide(low).clamp(max=0), _wide(high).clamp(min=0)
         if not spec.symmetric:
             scale = _positive((high - low) / (spec.qmax - spec.qmin))
             zero_point = (spec.qmin - torch.round(low / scale)).clamp(spec.qmin, spec.qmax)
@@ -170,9 +170,7 @@ class UniformGrid(Grid):
 
     def quantize(self, x: Float[Tensor, "*shape"], rounding: Rounding) -> Float[Tensor, "*shape"]:
         """Map reals to codes: round `x / scale`, add the zero point, clamp."""
-        return functional.quantize(
-            x, self._scale(), self.zero_point, qmin=self.qmin, qmax=self.qmax, rounding=rounding
-        )
+        return functional.quantize(x, self._scale(), self.zero_point, qmin=self.qmin, qmax=self.qmax, rounding=rounding)
 
     def dequantize(self, codes: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Map codes to reals: `scale * (codes - zero_point)`."""
@@ -244,7 +242,7 @@ class CodebookGrid(Grid):
             )
         if codebook.shape[-1] < 2:
             raise SpecError(f"codebook of shape {tuple(codebook.shape)}: a grid has at least 2 levels")
-        if not codebook.is_meta and not bool((codebook.isfinite().all() & (codebook.diff(dim=-1) > 0).all())):
+        if not codebook.is_meta and not bool(codebook.isfinite().all() & (codebook.diff(dim=-1) > 0).all()):
             raise RangeError(
                 f"codebook of shape {tuple(codebook.shape)} is not finite and strictly increasing along its last axis: "
                 "sort it and merge equal levels"
@@ -287,7 +285,8 @@ class CodebookGrid(Grid):
 
     def _round(self, cells: _Cells, rounding: Rounding) -> Tensor:
         coordinate = cells.cell - cells.zero + cells.fraction
-        return (rounding(coordinate) + cells.zero).clamp(0, self.qmax - self.qmin)
+        rounded: Tensor = rounding(coordinate)
+        return (rounded + cells.zero).clamp(0, self.qmax - self.qmin)
 
     @property
     def tile_shape(self) -> tuple[int, ...]:
@@ -308,8 +307,8 @@ class CodebookGrid(Grid):
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """Detach, and widen to float32 unless already as wide."""
-    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).contiguous()
+    """Copy, so that the grid owns its tensors, and widen to float32 unless already as wide."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True).contiguous()
 
 
 def _positive(scale: Tensor) -> Tensor:
@@ -357,4 +356,9 @@ def _check_range(spec: QuantSpec, low: Tensor, high: Tensor) -> None:
         raise RangeError(
             f"range {float(low.min())} to {float(high.max())} is negative, but codes {spec.qmin} to {spec.qmax} with "
             "no zero point hold no negative real: use QuantSpec.signed, or symmetric=False"
+        )
+    if spec.symmetric and spec.qmax == 0 and bool(((low >= 0) & (high > 0)).any()):
+        raise RangeError(
+            f"range {float(low.min())} to {float(high.max())} is positive, but codes {spec.qmin} to {spec.qmax} with "
+            "no zero point hold no positive real: use 2 bits, or symmetric=False"
         )

@@ -4,12 +4,12 @@ A *slot* is an attribute `<tensor>_quantizer` that holds any module from tensor 
 `Observer` collects statistics, a `Quantizer` quantizes. If the layer has a parameter `<tensor>`, the slot sees that
 parameter, otherwise it sees an activation. Everything that walks a model relies on this naming and on nothing else.
 
-`QuantConv2d` and `QuantLinear` subclass torch's layers so that `weight` and `bias` keep their keys; this is the one place
-where a concrete class is subclassed.
+`QuantConv2d` and `QuantLinear` subclass torch's layers so that `weight` and `bias` keep their keys; this is the one
+place where a concrete class is subclassed.
 """
 
 from collections.abc import Iterator
-from typing import Self, TypeVar, final
+from typing import Any, Self, TypeVar, final
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,18 @@ def slots(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor | None]]:
             yield name, child, module._parameters.get(name.removesuffix(SLOT_SUFFIX))
 
 
+def conv_arguments(layer: nn.Conv2d) -> dict[str, Any]:
+    """Return the arguments that build a convolution of the same geometry."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
+
+
+def linear_arguments(layer: nn.Linear) -> dict[str, Any]:
+    """Return the arguments that build a linear layer of the same geometry."""
+    names = ("in_features", "out_features")
+    return {name: getattr(layer, name) for name in names} | {"bias": layer.bias is not None}
+
+
 @final
 class QuantConv2d(nn.Conv2d):
     """A convolution with slots for its weight and its input.
@@ -43,33 +55,20 @@ class QuantConv2d(nn.Conv2d):
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.weight_quantizer = nn.Identity()
         self.input_quantizer = nn.Identity()
 
     @classmethod
     def from_float(cls, layer: nn.Conv2d) -> Self:
         """Wrap the very tensors of `layer` in a layer with empty slots."""
-        return _adopt(
-            cls(
-                layer.in_channels,
-                layer.out_channels,
-                layer.kernel_size,
-                stride=layer.stride,
-                padding=layer.padding,
-                dilation=layer.dilation,
-                groups=layer.groups,
-                bias=layer.bias is not None,
-                padding_mode=layer.padding_mode,
-                device="meta",
-            ),
-            layer,
-        )
+        return _adopt(cls(**conv_arguments(layer), device="meta"), layer)
 
     def forward(self, x: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n o i j"]:
         """Convolve the quantized input with the quantized weight."""
-        return self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+        out: Tensor = self._conv_forward(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+        return out
 
     def input_shape(self) -> tuple[int, ...]:
         """Shape of an input with one image of one pixel; what a per-channel scale is made for."""
@@ -86,16 +85,15 @@ class QuantLinear(nn.Linear):
     weight_quantizer: nn.Module
     input_quantizer: nn.Module
 
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.weight_quantizer = nn.Identity()
         self.input_quantizer = nn.Identity()
 
     @classmethod
     def from_float(cls, layer: nn.Linear) -> Self:
         """Wrap the very tensors of `layer` in a layer with empty slots."""
-        bare = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        return _adopt(bare, layer)
+        return _adopt(cls(**linear_arguments(layer), device="meta"), layer)
 
     def forward(self, input: Float[Tensor, "*n k"]) -> Float[Tensor, "*n o"]:
         """Multiply the quantized input by the quantized weight."""
@@ -124,7 +122,8 @@ class QuantAdd(nn.Module):
 
     def forward(self, left: Float[Tensor, "..."], right: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Add the two quantized tensors."""
-        return self.left_quantizer(left) + self.right_quantizer(right)
+        out: Tensor = self.left_quantizer(left) + self.right_quantizer(right)
+        return out
 
 
 @final
@@ -152,7 +151,8 @@ class QuantConcat(nn.Module):
         """
         if not parts:
             raise ShapeError("concatenation of 0 tensors: give at least one")
-        return self.input_quantizer(torch.cat(parts, self.dim))
+        out: Tensor = self.input_quantizer(torch.cat(parts, self.dim))
+        return out
 
 
 _Layer = TypeVar("_Layer", bound=nn.Module)

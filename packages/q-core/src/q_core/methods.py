@@ -6,13 +6,14 @@ command `q-quantize` finds it. A method in another package needs no change here.
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from q_core.calibrate import CalibrationReport, calibrate
+from q_core.calibrate import CalibrationReport, calibrate, feed
 from q_core.errors import DataError, MatchError
 from q_core.observer import MSEObserver, Observer
 from q_core.spec import Granularity, PerChannel, PerTensor, QuantSpec
@@ -37,7 +38,11 @@ class Quantized:
 
 
 def edge_rules(
-    model: nn.Module, *, weight: Callable[[int], Recipe | None], input: Callable[[int], Recipe | None], bits: tuple[int, int, int]
+    model: nn.Module,
+    *,
+    weight: Callable[[int], Recipe | None],
+    input: Callable[[int], Recipe | None],
+    bits: tuple[int, int, int],
 ) -> list[Rule]:
     """Write rules that give the first and the last layer bits of their own.
 
@@ -51,16 +56,19 @@ def edge_rules(
 
     Raises:
         MatchError: The model has no layer that can be swapped.
+        SpecError: Bits that `weight` or `input` refuses.
     """
-    paths = [path for path, module in model.named_modules() if type(module) in DEFAULT_LAYERS]
-    if not paths:
+    paths = {path: module for path, module in model.named_modules() if type(module) in DEFAULT_LAYERS}
+    weighted = [path for path, module in paths.items() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    if not weighted:
         raise MatchError(f"a {type(model).__name__} has no convolution or linear layer that can be quantized")
     inner_weight, inner_input, edge = bits
-    edges = "|".join(_escape(path) for path in dict.fromkeys([paths[0], paths[-1]]))
-    rules = [Rule(edges, weight(max(edge, inner_weight)), input(max(edge, inner_input)))]
-    if len(paths) > 2:
-        rules.append(Rule(".*", weight(inner_weight), input(inner_input)))
-    return rules
+    # Made even where no rule needs them, so that bits are refused whatever the number of layers.
+    inner = Rule(".*", weight(inner_weight), input(inner_input))
+    weight(edge), input(edge)
+    edges = dict.fromkeys([weighted[0], weighted[-1]])
+    rules = [Rule("|".join(map(re.escape, edges)), weight(max(edge, inner_weight)), input(max(edge, inner_input)))]
+    return [*rules, inner] if len(paths) > len(edges) else rules
 
 
 def nearest(
@@ -110,11 +118,11 @@ def nearest(
         return None if bits == FLOAT_BITS else Recipe(spec(bits), observer=weight_observer or observer)
 
     def input_recipe(bits: int) -> Recipe | None:
-        return None if bits == FLOAT_BITS else Recipe(QuantSpec.unsigned(bits, granularity=PerTensor()), observer=observer)
+        return (
+            None if bits == FLOAT_BITS else Recipe(QuantSpec.unsigned(bits, granularity=PerTensor()), observer=observer)
+        )
 
-    rules = edge_rules(
-        folded, weight=weight_recipe, input=input_recipe, bits=(weight_bits, activation_bits, edge_bits)
-    )
+    rules = edge_rules(folded, weight=weight_recipe, input=input_recipe, bits=(weight_bits, activation_bits, edge_bits))
     twin, report = swap(folded, rules)
     return Quantized(twin, report, calibrate(twin, batches, progress=progress))
 
@@ -123,20 +131,19 @@ def first_batch(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
     """Look at the input of the first batch without losing it.
 
     Returns:
-        The input of the first batch, and an iterable over all batches.
+        The input of the first batch, as `fold_batchnorm` takes it, and an iterable over all batches.
 
     Raises:
-        DataError: There is no batch.
+        DataError: There is no batch, or one that `calibrate` would not understand.
     """
     iterator = iter(batches)
     try:
         first = next(iterator)
     except StopIteration:
         raise DataError("the calibration data holds no batch: give at least one") from None
-    example = first if isinstance(first, Tensor) else next(iter(first.values())) if isinstance(first, dict) else first[0]
-    return example, itertools.chain([first], iterator) if iterator is batches else batches
+    return feed(_input, first), itertools.chain([first], iterator) if iterator is batches else batches
 
 
-def _escape(path: str) -> str:
-    return path.replace(".", r"\.")
-
+def _input(*inputs: Any, **named: Any) -> Any:
+    """Return what a model is called with, as an example for `fold_batchnorm`."""
+    return named or (inputs[0] if isinstance(inputs[0], Tensor) else inputs)

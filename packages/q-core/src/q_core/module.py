@@ -24,5 +24,5 @@ class PreciseModule(nn.Module):
             narrowed = tensor.is_floating_point() and moved.dtype in _NARROW
             return tensor.to(moved.device) if narrowed else moved
 
-        super()._apply(keep_precision, recurse)
+        super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
         return self

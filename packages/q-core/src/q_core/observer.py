@@ -2,8 +2,8 @@
 
 An observer sits in the slot where a quantizer will be. It lets data pass unchanged, keeps statistics of fixed size, and
 proposes a grid when asked. All of its state exists from the start, so its `state_dict` loads strictly at any time.
-Range observers (`MinMaxObserver`, `MovingAverageObserver`, `PercentileObserver`, `MSEObserver`, `EntropyObserver`) propose
-a range of reals and leave it to a grid factory to cover it.
+Range observers (`MinMaxObserver`, `MovingAverageObserver`, `PercentileObserver`, `MSEObserver`, `EntropyObserver`)
+propose a range of reals and leave it to a grid factory to cover it.
 """
 
 import abc
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from q_core import functional
-from q_core.errors import RangeError, StateError
+from q_core.errors import DataError, RangeError, StateError
 from q_core.grid import Grid, UniformGrid
 from q_core.histogram import StreamingHistogram
 from q_core.module import PreciseModule
@@ -30,6 +30,7 @@ GridFactory = Callable[[QuantSpec, Tensor, Tensor], Grid]
 
 _ACTIVATION_BINS = 2048
 _CANDIDATES = 100
+_BLOCK = 1 << 18  # errors evaluated at once, so that they stay in cache
 
 
 class Observer(PreciseModule, abc.ABC):
@@ -60,12 +61,21 @@ class Observer(PreciseModule, abc.ABC):
         self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """Update the statistics with `x` and return it unchanged."""
+        """Update the statistics with `x` and return it unchanged.
+
+        Raises:
+            StateError: `x` is on another device than the statistics.
+        """
+        if x.device != self.low.device:
+            raise StateError(
+                f"the observer is on {self.low.device} and the tensor it sees on {x.device}: move the swapped model "
+                "and its batches to one device before calibrate()"
+            )
         with torch.no_grad():
             if x.numel():
                 rows = functional.to_tiles(x.detach(), self.shape)
                 rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-                low, high = torch.aminmax(rows, dim=1, keepdim=True)
+                low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)  # faster than aminmax with a dim
                 self.nonfinite += (~(low.isfinite() & high.isfinite())).any()
                 self.low.copy_(torch.minimum(self.low, low))
                 self.high.copy_(torch.maximum(self.high, high))
@@ -87,6 +97,7 @@ class Observer(PreciseModule, abc.ABC):
 
         Raises:
             StateError: Nothing was seen.
+            DataError: A NaN or an infinity was seen.
         """
 
     def begin(self, world_size: int) -> None:
@@ -112,6 +123,11 @@ class Observer(PreciseModule, abc.ABC):
         return ((self.low == 0) & (self.high == 0)).flatten().nonzero().flatten().tolist()
 
     def _require_data(self) -> None:
+        if bool(self.nonfinite):
+            raise DataError(
+                f"{int(self.nonfinite)} of the tensors seen held a NaN or an infinity: clean the data, or let calibrate() "
+                "leave such batches out with on_nonfinite='skip'"
+            )
         if not self.seen:
             raise StateError("the observer has seen no data: run calibrate() with at least one non-empty batch")
 
@@ -146,6 +162,7 @@ class RangeObserver(Observer, abc.ABC):
 
         Raises:
             StateError: Nothing was seen.
+            DataError: A NaN or an infinity was seen.
         """
         self._require_data()
         low, high = (bound.reshape(self.shape).to(torch.float32) for bound in self.range())
@@ -170,8 +187,8 @@ class MinMaxObserver(RangeObserver):
 class MovingAverageObserver(RangeObserver):
     r"""An exponential moving average of the extremes of each batch.
 
-    With momentum $c$ the average after $n$ batches is $\sum_i (1-c)^{n-1-i} b_i / \sum_i (1-c)^{n-1-i}$, that is, without a
-    bias toward the first batch.
+    With momentum $c$ the average after $n$ batches is $\sum_i (1-c)^{n-1-i} b_i / \sum_i (1-c)^{n-1-i}$,
+    without a bias toward the first batch.
 
     Args:
         spec: The codes of the grid.
@@ -292,7 +309,8 @@ class PercentileObserver(HistogramObserver):
     """The range that holds a given fraction of the values, the rest being clipped.
 
     For a symmetric grid the fraction is of absolute values, otherwise half of the rest lies beyond either end. The
-    position inside a bin is interpolated linearly, so the error is below one bin: 1/1024 of the largest magnitude.
+    position inside a bin is interpolated linearly, so the error is at most one bin: with 2048 bins 1/512 of the largest
+    magnitude or less.
 
     Args:
         spec: The codes of the grid.
@@ -338,6 +356,9 @@ class PercentileObserver(HistogramObserver):
         """Return the position, in bins from the left edge, below which `fraction` of the counts lie."""
         cumulative = counts.cumsum(1).to(torch.float64)
         target = cumulative[:, -1:] * fraction
+        # A product that is whole but for rounding must not reach past a gap, into the next occupied bin.
+        whole = target.round()
+        target = torch.where((target - whole).abs() < 1e-9 * whole, whole, target)
         index = torch.searchsorted(cumulative, target).clamp(max=counts.shape[1] - 1)
         inside = counts.gather(1, index).clamp(min=1)
         return index + 1 - (cumulative.gather(1, index) - target) / inside
@@ -385,40 +406,59 @@ class MSEObserver(HistogramObserver):
 
     def range(self) -> tuple[Float[Tensor, "tiles 1"], Float[Tensor, "tiles 1"]]:
         """Return the best range found."""
-        occupied = self.histogram.counts.any(0).nonzero().flatten()
-        first, last = int(occupied[0]), int(occupied[-1]) + 1
-        centers = self.histogram.centers()[:, first:last].to(torch.float32)
-        counts = self.histogram.counts[:, first:last].to(torch.float32)
-        low, high = self.low.clamp(max=0), self.high.clamp(min=0)
-        best = torch.full_like(low, math.inf, dtype=torch.float32)
-        chosen = (low.clone(), high.clone())
-        for new_low, new_high in self._candidates(low, high):
-            loss = self._loss(centers, counts, new_low, new_high)
-            better = loss < best
-            best = torch.where(better, loss, best)
-            chosen = (torch.where(better, new_low, chosen[0]), torch.where(better, new_high, chosen[1]))
-        return chosen
+        low, high = self._candidates(self.low.clamp(max=0), self.high.clamp(min=0))
+        best = self._loss(low, high).argmin(1, keepdim=True)
+        return low.gather(1, best), high.gather(1, best)
 
-    def _candidates(self, low: Tensor, high: Tensor) -> list[tuple[Tensor, Tensor]]:
-        fractions = [(index + 1) / self.candidates for index in range(self.candidates)]
+    def _candidates(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ends of all ranges to try, one row per tile."""
+        fractions = torch.arange(1, self.candidates + 1, dtype=low.dtype, device=low.device) / self.candidates
         one_sided = bool(((low == 0) | (high == 0)).all())
         if self.spec.symmetric or one_sided:
-            return [(low * fraction, high * fraction) for fraction in fractions]
+            return low * fractions, high * fractions
         last = self.spec.qmax - self.spec.qmin
         full = (high - low) / last
-        full = torch.where(full > 0, full, torch.ones_like(full))
-        middle = torch.round(-low / full)
-        around = [middle + offset for offset in range(-8, 8)]
-        zeros = [torch.full_like(low, z) for z in range(last + 1)] if last < 16 else [z.clamp(0, last) for z in around]
-        return [(-z * full * fraction, (last - z) * full * fraction) for fraction in fractions for z in zeros]
+        if last < 16:
+            zeros = torch.arange(last + 1, dtype=low.dtype, device=low.device).expand(low.shape[0], -1)
+        else:
+            around = torch.arange(-8, 8, dtype=low.dtype, device=low.device)
+            # A dead tile divides zero by one; all its candidates stay the empty range, whose scale is 1.
+            middle = torch.round(-low / torch.where(full > 0, full, torch.ones_like(full)))
+            zeros = (middle + around).clamp(0, last)
+        scales = (full * fractions).unsqueeze(2)
+        zeros = zeros.unsqueeze(1)
+        return (-zeros * scales).flatten(1), ((last - zeros) * scales).flatten(1)
 
-    def _loss(self, centers: Tensor, counts: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def _loss(self, low: Tensor, high: Tensor) -> Tensor:
+        r"""Return the loss of each candidate of each tile, up to a factor of the tile.
+
+        Works in codes: $\sum_b n_b |x_b - \hat{x}_b|^p = s^p \sum_b n_b |u_b - \hat{u}_b|^p$ with $u = x / s$.
+        """
         grid = UniformGrid.from_range(self.spec, low.to(torch.float32), high.to(torch.float32))
-        codes = torch.round(centers / grid.scale)
-        zero = 0 if grid.zero_point is None else grid.zero_point
-        codes.clamp_(grid.qmin - zero, grid.qmax - zero)
-        error = codes.mul_(grid.scale).sub_(centers).abs_().pow_(self.p)
-        return error.mul_(counts).sum(1, keepdim=True)
+        zero = torch.zeros((), device=low.device) if grid.zero_point is None else grid.zero_point
+        bounds = [(code - zero).expand_as(grid.scale) for code in (grid.qmin, grid.qmax)]
+        occupied = self.histogram.counts.any(0).nonzero()
+        first, last = int(occupied[0]), int(occupied[-1]) + 1
+        position = torch.arange(first, last, dtype=torch.float32, device=low.device) + (0.5 - self.histogram.bins // 2)
+        counts = self.histogram.counts[:, first:last].to(torch.float32)
+        ratio = (self.histogram.width() / grid.scale).to(torch.float32)
+        loss = torch.empty_like(ratio)
+        tiles, candidates = ratio.shape
+        across = max(1, _BLOCK // (last - first))
+        down = max(1, across // candidates)
+        for row in range(0, tiles, down):
+            for column in range(0, candidates, across):
+                block = slice(row, row + down), slice(column, column + across)
+                lower, upper = (bound[block].unsqueeze(2) for bound in bounds)
+                error = _power_of_error(position * ratio[block].unsqueeze(2), lower, upper, self.p)
+                loss[block] = error.mul_(counts[block[0]].unsqueeze(1)).sum(2)
+        relative = grid.scale / grid.scale.amax(1, keepdim=True)  # keeps the power away from overflow
+        return loss * relative.pow(self.p)
+
+
+def _power_of_error(u: Tensor, lower: Tensor, upper: Tensor, p: float) -> Tensor:
+    """Return `|u - round(clamp(u))|**p`; 2**(p log2 e) is zero at zero and several times faster than pow."""
+    return u.clamp(lower, upper).round_().sub_(u).abs_().log2_().mul_(p).exp2_()
 
 
 @final
@@ -427,7 +467,7 @@ class EntropyObserver(HistogramObserver):
 
     For each of `candidates` thresholds $T$ on $|x|$, the reference distribution is the histogram with everything beyond
     $T$ added to its last bin; the quantized one spreads the mass of each level evenly over the occupied bins that
-    round to it. The range is $[-T, T]$ cut to what was seen.
+    round to it. The range is $[-T, T]$ cut to what was seen; of equally good thresholds the widest is taken.
 
     Args:
         spec: The codes of the grid.
@@ -465,9 +505,9 @@ class EntropyObserver(HistogramObserver):
         best = torch.full_like(magnitude, math.inf)
         chosen = magnitude.clone()
         for index in range(self.candidates):
-            threshold = magnitude * (index + 1) / self.candidates
+            threshold = magnitude * ((index + 1) / self.candidates)
             divergence = self._divergence(threshold)
-            better = divergence < best
+            better = divergence <= best
             best = torch.where(better, divergence, best)
             chosen = torch.where(better, threshold, chosen)
         return torch.maximum(-chosen, self.low), torch.minimum(chosen, self.high)
@@ -475,7 +515,8 @@ class EntropyObserver(HistogramObserver):
     def _divergence(self, threshold: Tensor) -> Tensor:
         centers, counts = self.histogram.centers(), self.histogram.counts.to(torch.float64)
         half_width = self.histogram.width() / 2
-        inside = centers.abs() - half_width < threshold
+        # A bin holds its left edge, so the bin that starts at the threshold is inside: ReLU6 saturates at such an edge.
+        inside = (centers - half_width <= threshold) & (centers + half_width > -threshold)
         clipped = torch.where(inside, counts, torch.zeros_like(counts))
         reference = clipped.clone()
         above = torch.where(~inside & (centers > 0), counts, 0.0).sum(1, keepdim=True)

@@ -1,7 +1,7 @@
 """Deployment form: integer codes in plain buffers.
 
-`pack` turns a quantized model into one whose weights are 32-bit words of packed codes next to a scale or a codebook, and
-whose activation quantizers are frozen. Every tensor is dense and of a native dtype, so any file format can hold it.
+`pack` turns a quantized model into one whose weights are 32-bit words of packed codes next to a scale or a codebook,
+and whose activation quantizers are frozen. Every tensor is dense and of a native dtype, so any file format can hold it.
 The packed layers here compute in plain torch and define what a faster kernel must equal.
 """
 
@@ -20,7 +20,7 @@ from q_core.module import PreciseModule
 from q_core.observer import Observer
 from q_core.packing import pack_codes, unpack_codes
 from q_core.quantizer import Quantizer
-from q_core.swap import replace_submodule, share
+from q_core.swap import replace_modules, share
 
 
 @final
@@ -48,13 +48,15 @@ class PackedTensor(PreciseModule):
 
     def codes(self) -> Tensor:
         """Unpack the codes, int32, in the shape of the tensor."""
-        return unpack_codes(
-            self.words, bits=self.grid.bits, count=math.prod(self.shape), qmin=self.grid.qmin
-        ).reshape(self.shape)
+        return unpack_codes(self.words, bits=self.grid.bits, count=math.prod(self.shape), qmin=self.grid.qmin).reshape(
+            self.shape
+        )
 
     def forward(self, dtype: torch.dtype) -> Tensor:
         """Return the tensor as reals of the given dtype."""
-        return self.grid.dequantize(self.codes().to(self._table().dtype)).to(dtype)
+        # The wider of the two dtypes, as a quantizer computes: the same product, bit for bit.
+        wide = torch.promote_types(dtype, self._table().dtype)
+        return self.grid.dequantize(self.codes().to(wide)).to(dtype)
 
     def _table(self) -> Tensor:
         return self.grid.scale if isinstance(self.grid, UniformGrid) else self.grid.codebook
@@ -77,23 +79,12 @@ class PackedConv2d(nn.Conv2d):
     @classmethod
     def from_float(cls, layer: nn.Conv2d, weight: PackedTensor, input_quantizer: nn.Module) -> Self:
         """Take the geometry and the bias of a convolution."""
-        bare = cls(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            stride=layer.stride,
-            padding=layer.padding,
-            dilation=layer.dilation,
-            groups=layer.groups,
-            bias=layer.bias is not None,
-            padding_mode=layer.padding_mode,
-            device="meta",
-        )
-        return _fill(bare, layer, weight, input_quantizer)
+        return _fill(cls(**layers.conv_arguments(layer), device="meta"), layer, weight, input_quantizer)
 
     def forward(self, x: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n o i j"]:
         """Convolve the quantized input with the unpacked weight."""
-        return self._conv_forward(self.input_quantizer(x), self.packed_weight(x.dtype), self.bias)
+        out: Tensor = self._conv_forward(self.input_quantizer(x), self.packed_weight(x.dtype), self.bias)
+        return out
 
 
 @final
@@ -109,8 +100,7 @@ class PackedLinear(nn.Linear):
     @classmethod
     def from_float(cls, layer: nn.Linear, weight: PackedTensor, input_quantizer: nn.Module) -> Self:
         """Take the geometry and the bias of a linear layer."""
-        bare = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        return _fill(bare, layer, weight, input_quantizer)
+        return _fill(cls(**layers.linear_arguments(layer), device="meta"), layer, weight, input_quantizer)
 
     def forward(self, input: Float[Tensor, "*n k"]) -> Float[Tensor, "*n o"]:
         """Multiply the quantized input by the unpacked weight."""
@@ -141,7 +131,8 @@ def pack(model: nn.Module) -> nn.Module:
     twin = share(model)
     tensors: dict[tuple[int, int], PackedTensor] = {}
     frozen: dict[int, Quantizer] = {}
-    for path, module in list(twin.named_modules(remove_duplicate=False)):
+    replaced: dict[int, nn.Module] = {}
+    for module in list(twin.modules()):
         for name, child, parameter in layers.slots(module):
             if parameter is None and isinstance(child, Quantizer):
                 setattr(module, name, frozen.setdefault(id(child), child.frozen()))
@@ -149,11 +140,8 @@ def pack(model: nn.Module) -> nn.Module:
             key = (id(module.weight), id(module.weight_quantizer))
             if key not in tensors:
                 tensors[key] = PackedTensor.from_quantizer(module.weight, module.weight_quantizer)
-            packed = pack_layer(module, tensors[key], module.input_quantizer)
-            if not path:
-                return packed
-            replace_submodule(twin, path, packed)
-    return twin
+            replaced[id(module)] = pack_layer(module, tensors[key], module.input_quantizer)
+    return replace_modules(twin, replaced)
 
 
 def pack_layer(layer: nn.Module, weight: PackedTensor, input_quantizer: nn.Module) -> PackedLayer:
@@ -187,7 +175,11 @@ def bits_per_weight(model: nn.Module) -> float:
             tensor = module.packed_weight
             size, count, key = tensor.stored_bits(), math.prod(tensor.shape), id(tensor)
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
-            size, count, key = module.weight.numel() * module.weight.element_size() * 8, module.weight.numel(), id(module.weight)
+            size, count, key = (
+                module.weight.numel() * module.weight.element_size() * 8,
+                module.weight.numel(),
+                id(module.weight),
+            )
         else:
             continue
         if key not in seen:

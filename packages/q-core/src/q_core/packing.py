@@ -1,7 +1,7 @@
 """Codes in, 32-bit words out.
 
-The layout is a little-endian bit stream: code `i`, minus `qmin`, occupies bits `i * bits` to `(i + 1) * bits - 1`, where
-bit `j` of the stream is bit `j % 32` of word `j // 32`. A code may straddle two words, so `n` codes take exactly
+The layout is a little-endian bit stream: code `i`, minus `qmin`, occupies bits `i * bits` to `(i + 1) * bits - 1`,
+where bit `j` of the stream is bit `j % 32` of word `j // 32`. A code may straddle two words, so `n` codes take exactly
 `ceil(n * bits / 32)` words for every bit width. Words are stored as int32, the widest integer that every file
 format and kernel agrees on.
 """

@@ -1,0 +1,94 @@
+"""A small residual network for images of 8x8 pixels, and the handwritten digits it is trained on."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from q_core import QuantAdd
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions around a shortcut, which is a 1x1 convolution where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+        # A module, so that the addition can be quantized too.
+        self.add = QuantAdd()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return F.relu(self.add(y, self.shortcut(x)))
+
+
+class DigitsResNet(nn.Module):
+    """A stem, three stages of one block each, average pooling and a linear layer: 75 thousand weights."""
+
+    def __init__(self, widths: tuple[int, int, int] = (16, 32, 64), classes: int = 10) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, widths[0], 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(widths[0])
+        self.stage1 = Block(widths[0], widths[0], 1)
+        self.stage2 = Block(widths[0], widths[1], 2)
+        self.stage3 = Block(widths[1], widths[2], 2)
+        self.fc = nn.Linear(widths[2], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.conv(x)))
+        x = self.stage3(self.stage2(self.stage1(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def load(seed: int, held_out: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Split the 1797 digits that scikit-learn brings into training and held-out images, each class alike.
+
+    Returns:
+        Images (count, 1, 8, 8) in [0, 1] and labels (count,), for training and held out.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    targets = torch.tensor(labels, dtype=torch.int64)
+    indices = list(range(len(targets)))
+    train, test = train_test_split(indices, test_size=held_out, stratify=labels, random_state=seed)
+    return (images[train], targets[train]), (images[test], targets[test])
+
+
+def train(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed: int, say=lambda _: None) -> None:
+    """Train with shifts by up to one pixel, momentum and a one-cycle learning rate; leave it in evaluation mode."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = 64
+    steps = epochs * -(-len(images) // batch)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=steps, pct_start=0.2)
+    model.train()
+    for epoch in range(epochs):
+        total = 0.0
+        for part in torch.randperm(len(images), generator=generator).split(batch):
+            shift = torch.randint(-1, 2, (2,), generator=generator).tolist()
+            logits = model(_shifted(images[part], *shift))
+            loss = F.cross_entropy(logits, labels[part], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += float(loss.detach()) * len(part)
+        if epoch % 10 == 9:
+            say(f"epoch {epoch + 1} of {epochs}, loss {total / len(images):.3f}")
+    model.eval()
+
+
+def _shifted(images: Tensor, down: int, right: int) -> Tensor:
+    padded = F.pad(images, (1, 1, 1, 1))
+    return padded[:, :, 1 - down : 9 - down, 1 - right : 9 - right]
