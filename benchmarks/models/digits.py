@@ -1,8 +1,10 @@
 """A small residual network for images of 8x8 pixels, and the handwritten digits it is trained on."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy, pad, relu
 
 from q_core import QuantAdd
 
@@ -25,9 +27,9 @@ class Block(nn.Module):
         self.add = QuantAdd()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
+        y = relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
-        return F.relu(self.add(y, self.shortcut(x)))
+        return relu(self.add(y, self.shortcut(x)))
 
 
 class DigitsResNet(nn.Module):
@@ -43,7 +45,7 @@ class DigitsResNet(nn.Module):
         self.fc = nn.Linear(widths[2], classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn(self.conv(x)))
+        x = relu(self.bn(self.conv(x)))
         x = self.stage3(self.stage2(self.stage1(x)))
         return self.fc(x.mean((2, 3)))
 
@@ -65,7 +67,9 @@ def load(seed: int, held_out: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor,
     return (images[train], targets[train]), (images[test], targets[test])
 
 
-def train(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed: int, say=lambda _: None) -> None:
+def train(
+    model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed: int, say: Callable[[str], None]
+) -> None:
     """Train with shifts by up to one pixel, momentum and a one-cycle learning rate; leave it in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     batch = 64
@@ -78,17 +82,17 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed
         for part in torch.randperm(len(images), generator=generator).split(batch):
             shift = torch.randint(-1, 2, (2,), generator=generator).tolist()
             logits = model(_shifted(images[part], *shift))
-            loss = F.cross_entropy(logits, labels[part], label_smoothing=0.1)
+            loss = cross_entropy(logits, labels[part], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
             total += float(loss.detach()) * len(part)
-        if epoch % 10 == 9:
+        if epoch % 5 == 4:
             say(f"epoch {epoch + 1} of {epochs}, loss {total / len(images):.3f}")
     model.eval()
 
 
 def _shifted(images: Tensor, down: int, right: int) -> Tensor:
-    padded = F.pad(images, (1, 1, 1, 1))
+    padded = pad(images, (1, 1, 1, 1))
     return padded[:, :, 1 - down : 9 - down, 1 - right : 9 - right]

@@ -7,7 +7,7 @@ number of batches. Either every observer becomes a quantizer, or an error leaves
 import collections
 import copy
 import dataclasses
-import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -121,6 +121,7 @@ def calibrate(
     activations = [slot for slot in found if slot.parameter is None]
     run = _Run(model, activations, forward, on_nonfinite, on_reuse)
     with _together(found):
+        length = operator.length_hint(batches) or None
         stream = _nonempty(batches) if activations else iter(())
     with ExitStack() as undo:
         undo.callback(_put_back, [(slot, copy.deepcopy(slot.observer.state_dict())) for slot in found])
@@ -129,13 +130,13 @@ def calibrate(
             for slot in parameters:
                 slot.put(nn.Identity())
             with evaluation(model):
-                count, skipped = run.observe(stream, progress) if activations else (0, [])
+                count, skipped = run.observe(stream, length, progress) if activations else (0, [])
         count = _merge(activations, count)
         made, dead = _make_quantizers(found)
         widened = _widen_for_bias(found, made)
         undo.pop_all()
     for slot in found:
-        slot.put(made[id(slot.observer)])
+        slot.put(made[id(slot.observer)].train(slot.observer.training))
     return CalibrationReport(count, tuple(skipped), dead, tuple(widened), run.reused)
 
 
@@ -158,7 +159,7 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             # Any data makes a grid of the right type and shape; its values are then overwritten.
             stand_in = copy.deepcopy(slot.observer)
             stand_in(torch.linspace(0, 1, 2, device=stand_in.low.device).repeat(stand_in.shape))
-            made[id(slot.observer)] = stand_in.quantizer()
+            made[id(slot.observer)] = stand_in.quantizer().train(slot.observer.training)
     with ExitStack() as undo:
         undo.callback(_put_back, [(slot, slot.observer.state_dict()) for slot in found])
         for slot in found:
@@ -222,10 +223,15 @@ def _nonempty(batches: Iterable[Any]) -> Iterator[Any]:
     """Fetch the first batch now, so that an empty loader is refused before anything is touched."""
     iterator = iter(batches)
     try:
-        first = next(iterator)
+        first = [next(iterator)]
     except StopIteration:
         raise DataError("the calibration data holds no batch: give at least one") from None
-    return itertools.chain([first], iterator)
+
+    def chain() -> Iterator[Any]:
+        yield first.pop()  # and keep no hold of it, as itertools.chain would
+        yield from iterator
+
+    return chain()
 
 
 @contextmanager
@@ -289,26 +295,30 @@ class _Run:
         self.running = ""
         self._layers = {id(slot.parent): slot.path.rpartition(".")[0] for slot in slots}
 
-    def observe(self, stream: Iterator[Any], progress: bool) -> tuple[int, list[int]]:
+    def observe(self, stream: Iterator[Any], length: int | None, progress: bool) -> tuple[int, list[int]]:
         world = dist.get_world_size() if _distributed() else 1
         for slot in self.slots:
             slot.observer.begin(world)
-        count, skipped = 0, []
+        skip = self.on_nonfinite == "skip"
+        count = 0
+        skipped: list[int] = []
         shown = progress and not (_distributed() and dist.get_rank())
-        bar = tqdm(stream, desc="calibrate", unit="batch", disable=None if shown else True)
-        for index, batch in enumerate(bar):
-            skip = self.on_nonfinite == "skip"
-            saved = [copy.deepcopy(slot.observer.state_dict()) for slot in self.slots] if skip else []
-            self._one(index, batch)
-            if self._nonfinite():
-                if not skip:
+        with tqdm(total=length, desc="calibrate", unit="batch", disable=None if shown else True) as bar:
+            # Neither enumerate nor tqdm wraps the stream: both hold a batch while the next one is fetched.
+            for batch in stream:
+                saved = [copy.deepcopy(slot.observer.state_dict()) for slot in self.slots] if skip else []
+                index = count + len(skipped)
+                self._one(index, batch)
+                if not self._nonfinite():
+                    count += 1
+                elif not skip:
                     raise DataError(self._locate(index, batch))
-                for slot, state in zip(self.slots, saved, strict=True):
-                    slot.observer.load_state_dict(state)
-                skipped.append(index)
-            else:
-                count += 1
-            del batch  # or it would live on while the next one is fetched
+                else:
+                    for slot, state in zip(self.slots, saved, strict=True):
+                        slot.observer.load_state_dict(state)
+                    skipped.append(index)
+                del batch
+                bar.update()
         if not count:
             raise DataError(f"all {len(skipped)} batches held non-finite values: nothing is left to calibrate with")
         self._check_all_ran()

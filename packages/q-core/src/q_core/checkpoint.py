@@ -52,7 +52,11 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
     quantizers: dict[str, Any] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, PackedTensor):
-            packed[name] = {"shape": list(module.shape), "grid": _describe_grid(module.grid)}
+            packed[name] = {
+                "shape": list(module.shape),
+                "channels_last": module.channels_last,
+                "grid": _describe_grid(module.grid),
+            }
         elif isinstance(module, Quantizer):
             quantizers[name] = {
                 "grid": _describe_grid(module.grid),
@@ -69,8 +73,9 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         "identities": [name for name, module in modules if isinstance(module, nn.Identity) and not _is_slot(name)],
         "aliases": aliases,
     }
-    text = json.dumps(description, sort_keys=True)
-    metadata = {"format": FORMAT, "version": str(VERSION), "description": text, "sha256": _digest(tensors, text)}
+    header = {"version": VERSION, "sha256": _digest(tensors, description), "description": description}
+    # One entry: safetensors writes several in random order, and the same model must give the same bytes.
+    metadata = {FORMAT: json.dumps(header, sort_keys=True)}
     target = Path(path)
     write_atomically(target, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     return target
@@ -92,14 +97,14 @@ def load_packed(path: str | os.PathLike[str], skeleton: nn.Module) -> nn.Module:
     """
     tensors, description = _read(Path(path))
     try:
-        model = _rebuild(share(skeleton).eval(), description)
+        model = _rebuild(share(skeleton), description)
         _assign(model, tensors, description["aliases"])
     except (QuantizationError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise FormatError(
             f"{path} does not fit a {type(skeleton).__name__}: {error}; pass a model of the architecture that was "
             "packed"
         ) from error
-    return model
+    return model.eval()
 
 
 def _check_packed(model: nn.Module) -> None:
@@ -202,8 +207,8 @@ def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]
     return tensors, aliases
 
 
-def _digest(tensors: dict[str, Tensor], description: str) -> str:
-    digest = hashlib.sha256(description.encode())
+def _digest(tensors: dict[str, Tensor], description: Any) -> str:
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -218,16 +223,19 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise FormatError(f"{path} is not a sound safetensors file: {error}") from error
-    if metadata.get("format") != FORMAT:
+    if FORMAT not in metadata:
+        raise FormatError(f"{path} has no {FORMAT!r} in its metadata: expected a file written by save_packed()")
+    try:
+        header = json.loads(metadata[FORMAT])
+        version, sha256, description = header.get("version"), header.get("sha256"), header.get("description")
+    except (ValueError, AttributeError) as error:
         raise FormatError(
-            f"{path} has format {metadata.get('format')!r}: expected {FORMAT!r}, written by save_packed()"
-        )
-    if metadata.get("version") != str(VERSION):
-        raise FormatError(f"{path} has version {metadata.get('version')!r}: this release reads {VERSION}")
-    text = metadata.get("description", "")
-    if _digest(tensors, text) != metadata.get("sha256"):
+            f"{path} is damaged: its {FORMAT!r} metadata cannot be read: {error}; copy it again"
+        ) from error
+    if version != VERSION:
+        raise FormatError(f"{path} has version {version!r} of the format: this release reads {VERSION}")
+    if _digest(tensors, description) != sha256:
         raise FormatError(f"{path} is damaged: its SHA-256 is not the one it was written with; copy it again")
-    description: dict[str, Any] = json.loads(text)
     return tensors, description
 
 
@@ -268,4 +276,4 @@ def _read_grid(entry: dict[str, Any]) -> UniformGrid | CodebookGrid:
 def _read_packed(entry: dict[str, Any]) -> PackedTensor:
     grid, shape = _read_grid(entry["grid"]), tuple(entry["shape"])
     words = torch.zeros(packed_words(math.prod(shape), grid.bits), dtype=torch.int32, device="meta")
-    return PackedTensor(words, shape, grid)
+    return PackedTensor(words, shape, grid, channels_last=entry["channels_last"])

@@ -8,7 +8,7 @@ A grid is a finite ordered set of reals, the *levels*, numbered by integer *code
 import abc
 import dataclasses
 import math
-from typing import Self, final
+from typing import final
 
 import torch
 from jaxtyping import Float, Shaped
@@ -134,7 +134,7 @@ class UniformGrid(Grid):
         *,
         learnable: bool = False,
         gradient_scale: float = 1.0,
-    ) -> Self:
+    ) -> "UniformGrid":
         """Build the grid that just covers a range of reals.
 
         The range is widened to hold zero. A range of zero width gets the scale 1, so that a dead channel has code

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 _FLOOR = -120  # 2**-120 is far below any activation, and its inverse is still finite in float32
-_CHUNK = 1 << 17  # elements handled at once: with their 64-bit indices they stay in the cache of one core
+_CHUNK = 1 << 16  # elements handled at once: with their 64-bit indices they stay in the cache of one core
 _LANES = 8  # parts that a single row is cut into, so that several threads can count it
 
 
@@ -52,13 +52,18 @@ class StreamingHistogram(nn.Module):
 
     def _count(self, table: Tensor, rows: Tensor, finite: Tensor) -> None:
         """Add one to entry `floor(x / width) mod bins` of the table for each `x`."""
-        inverse = torch.exp2(-self.exponent.to(rows.dtype))
-        width = max(1, _CHUNK // rows.shape[0])
-        ones = finite.to(torch.int64).expand(rows.shape[0], min(width, rows.shape[1])).contiguous()
-        for part in rows.split(width, dim=1):
-            # The mask keeps every index inside the table, also that of a NaN, which then adds zero.
-            index = (part * inverse).floor_().to(torch.int64).bitwise_and_(self.bins - 1)
-            table.scatter_add_(1, index, ones[:, : part.shape[1]])
+        inverse = torch.exp2(-self.exponent.to(rows.dtype)).expand(rows.shape[0], 1)
+        one = finite.to(torch.int64).expand(rows.shape[0], 1)
+        across = max(1, min(_CHUNK, rows.shape[1]))
+        down = max(1, _CHUNK // across)
+        for row in range(0, rows.shape[0], down):
+            block = slice(row, row + down)
+            ones = one[block].repeat(1, across)
+            for start in range(0, rows.shape[1], across):
+                part = rows[block, start : start + across]
+                # The mask keeps every index inside the table, also that of a NaN, which then adds zero.
+                index = (part * inverse[block]).floor_().to(torch.int64).bitwise_and_(self.bins - 1)
+                table[block].scatter_add_(1, index, ones[:, : part.shape[1]])
 
     def widen(self, exponent: Int64[Tensor, "tiles 1"]) -> None:
         """Merge bins until they are at least `2**exponent` wide."""

@@ -9,7 +9,7 @@ place where a concrete class is subclassed.
 """
 
 from collections.abc import Iterator
-from typing import Any, Self, TypeVar, final
+from typing import Any, TypeVar, final
 
 import torch
 from jaxtyping import Float
@@ -61,7 +61,7 @@ class QuantConv2d(nn.Conv2d):
         self.input_quantizer = nn.Identity()
 
     @classmethod
-    def from_float(cls, layer: nn.Conv2d) -> Self:
+    def from_float(cls, layer: nn.Conv2d) -> "QuantConv2d":
         """Wrap the very tensors of `layer` in a layer with empty slots."""
         return _adopt(cls(**conv_arguments(layer), device="meta"), layer)
 
@@ -91,7 +91,7 @@ class QuantLinear(nn.Linear):
         self.input_quantizer = nn.Identity()
 
     @classmethod
-    def from_float(cls, layer: nn.Linear) -> Self:
+    def from_float(cls, layer: nn.Linear) -> "QuantLinear":
         """Wrap the very tensors of `layer` in a layer with empty slots."""
         return _adopt(cls(**linear_arguments(layer), device="meta"), layer)
 

@@ -7,18 +7,19 @@ their own floating-point dtype when the requested one is narrower.
 """
 
 from collections.abc import Callable
-from typing import Self
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 _NARROW = (torch.float16, torch.bfloat16)
+_Module = TypeVar("_Module", bound="PreciseModule")
 
 
 class PreciseModule(nn.Module):
     """A module whose floating-point state is never narrower than float32."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self: _Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Module:
         def keep_precision(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             narrowed = tensor.is_floating_point() and moved.dtype in _NARROW

@@ -125,8 +125,8 @@ class Observer(PreciseModule, abc.ABC):
     def _require_data(self) -> None:
         if bool(self.nonfinite):
             raise DataError(
-                f"{int(self.nonfinite)} of the tensors seen held a NaN or an infinity: clean the data, or let calibrate() "
-                "leave such batches out with on_nonfinite='skip'"
+                f"{int(self.nonfinite)} of the tensors seen held a NaN or an infinity: clean the data, or let "
+                "calibrate() leave such batches out with on_nonfinite='skip'"
             )
         if not self.seen:
             raise StateError("the observer has seen no data: run calibrate() with at least one non-empty batch")
@@ -303,6 +303,11 @@ class HistogramObserver(RangeObserver, abc.ABC):
         self.histogram.widen(exponent)
         dist.all_reduce(self.histogram.counts, dist.ReduceOp.SUM)
 
+    def _cut(self, threshold: Float[Tensor, "tiles 1"]) -> tuple[Float[Tensor, "tiles 1"], Float[Tensor, "tiles 1"]]:
+        """Return the part of the range seen that lies within the threshold, one real at least."""
+        # A threshold is known to one bin only, so it may fall short of data that lie away from zero.
+        return (-threshold).clamp(self.low, self.high), threshold.clamp(self.low, self.high)
+
 
 @final
 class PercentileObserver(HistogramObserver):
@@ -344,12 +349,11 @@ class PercentileObserver(HistogramObserver):
         counts, width, half = self.histogram.counts, self.histogram.width(), self.histogram.bins // 2
         if self.spec.symmetric:
             folded = counts[:, half:] + counts[:, :half].flip(1)
-            bound = torch.minimum(self._quantile(folded, self.fraction) * width, torch.maximum(self.high, -self.low))
-            return torch.maximum(-bound, self.low), torch.minimum(bound, self.high)
+            return self._cut(self._quantile(folded, self.fraction) * width)
         tail = (1 - self.fraction) / 2
         low = -self._quantile(counts.flip(1), 1 - tail) * width + half * width
         high = self._quantile(counts, 1 - tail) * width - half * width
-        return torch.maximum(low, self.low), torch.minimum(high, self.high)
+        return low.clamp(self.low, self.high), high.clamp(self.low, self.high)
 
     @staticmethod
     def _quantile(counts: Tensor, fraction: float) -> Tensor:
@@ -432,11 +436,9 @@ class MSEObserver(HistogramObserver):
     def _loss(self, low: Tensor, high: Tensor) -> Tensor:
         r"""Return the loss of each candidate of each tile, up to a factor of the tile.
 
-        Works in codes: $\sum_b n_b |x_b - \hat{x}_b|^p = s^p \sum_b n_b |u_b - \hat{u}_b|^p$ with $u = x / s$.
+        Works in codes: $\sum_b n_b |x_b - \hat{x}_b|^p = s^p \sum_b n_b |u_b - q_b|^p$ with $u = x / s + z$.
         """
         grid = UniformGrid.from_range(self.spec, low.to(torch.float32), high.to(torch.float32))
-        zero = torch.zeros((), device=low.device) if grid.zero_point is None else grid.zero_point
-        bounds = [(code - zero).expand_as(grid.scale) for code in (grid.qmin, grid.qmax)]
         occupied = self.histogram.counts.any(0).nonzero()
         first, last = int(occupied[0]), int(occupied[-1]) + 1
         position = torch.arange(first, last, dtype=torch.float32, device=low.device) + (0.5 - self.histogram.bins // 2)
@@ -449,16 +451,15 @@ class MSEObserver(HistogramObserver):
         for row in range(0, tiles, down):
             for column in range(0, candidates, across):
                 block = slice(row, row + down), slice(column, column + across)
-                lower, upper = (bound[block].unsqueeze(2) for bound in bounds)
-                error = _power_of_error(position * ratio[block].unsqueeze(2), lower, upper, self.p)
-                loss[block] = error.mul_(counts[block[0]].unsqueeze(1)).sum(2)
+                u = position * ratio[block].unsqueeze(2)
+                if grid.zero_point is not None:
+                    u += grid.zero_point[block].unsqueeze(2)
+                error = u.clamp(grid.qmin, grid.qmax).round_().sub_(u).abs_()
+                # 2**(p log2 e) is zero at zero, and several times faster than pow.
+                power = error.log2_().mul_(self.p).exp2_()
+                loss[block] = power.mul_(counts[block[0]].unsqueeze(1)).sum(2)
         relative = grid.scale / grid.scale.amax(1, keepdim=True)  # keeps the power away from overflow
         return loss * relative.pow(self.p)
-
-
-def _power_of_error(u: Tensor, lower: Tensor, upper: Tensor, p: float) -> Tensor:
-    """Return `|u - round(clamp(u))|**p`; 2**(p log2 e) is zero at zero and several times faster than pow."""
-    return u.clamp(lower, upper).round_().sub_(u).abs_().log2_().mul_(p).exp2_()
 
 
 @final
@@ -510,7 +511,7 @@ class EntropyObserver(HistogramObserver):
             better = divergence <= best
             best = torch.where(better, divergence, best)
             chosen = torch.where(better, threshold, chosen)
-        return torch.maximum(-chosen, self.low), torch.minimum(chosen, self.high)
+        return self._cut(chosen)
 
     def _divergence(self, threshold: Tensor) -> Tensor:
         centers, counts = self.histogram.centers(), self.histogram.counts.to(torch.float64)

@@ -6,7 +6,7 @@ The packed layers here compute in plain torch and define what a faster kernel mu
 """
 
 import math
-from typing import Self, TypeVar, final
+from typing import TypeVar, final
 
 import torch
 from jaxtyping import Float
@@ -31,20 +31,31 @@ class PackedTensor(PreciseModule):
         words: Packed codes, see `q_core.packing`.
         shape: Shape of the tensor.
         grid: A frozen grid.
+        channels_last: Whether the reals lie in memory in the order of `torch.channels_last`. A convolution chooses its
+            algorithm by that, and another algorithm adds in another order.
     """
 
-    def __init__(self, words: Tensor, shape: tuple[int, ...], grid: UniformGrid | CodebookGrid) -> None:
+    def __init__(
+        self,
+        words: Tensor,
+        shape: tuple[int, ...],
+        grid: UniformGrid | CodebookGrid,
+        *,
+        channels_last: bool = False,
+    ) -> None:
         super().__init__()
-        self.shape, self.grid = shape, grid
+        self.shape, self.grid, self.channels_last = shape, grid, channels_last
         self.words: Tensor
         self.register_buffer("words", words)
 
     @classmethod
-    def from_quantizer(cls, tensor: Tensor, quantizer: Quantizer) -> Self:
+    def from_quantizer(cls, tensor: Tensor, quantizer: Quantizer) -> "PackedTensor":
         """Quantize and pack a tensor."""
         grid = _storable(quantizer.grid)
         words = pack_codes(quantizer.codes(tensor.detach()), bits=grid.bits, qmin=grid.qmin)
-        return cls(words, tuple(tensor.shape), grid)
+        with torch.no_grad():
+            channels_last = _is_channels_last(quantizer(tensor))
+        return cls(words, tuple(tensor.shape), grid, channels_last=channels_last)
 
     def codes(self) -> Tensor:
         """Unpack the codes, int32, in the shape of the tensor."""
@@ -56,7 +67,8 @@ class PackedTensor(PreciseModule):
         """Return the tensor as reals of the given dtype."""
         # The wider of the two dtypes, as a quantizer computes: the same product, bit for bit.
         wide = torch.promote_types(dtype, self._table().dtype)
-        return self.grid.dequantize(self.codes().to(wide)).to(dtype)
+        reals = self.grid.dequantize(self.codes().to(wide)).to(dtype)
+        return reals.clone(memory_format=torch.channels_last) if self.channels_last else reals
 
     def _table(self) -> Tensor:
         return self.grid.scale if isinstance(self.grid, UniformGrid) else self.grid.codebook
@@ -77,7 +89,7 @@ class PackedConv2d(nn.Conv2d):
     input_quantizer: nn.Module
 
     @classmethod
-    def from_float(cls, layer: nn.Conv2d, weight: PackedTensor, input_quantizer: nn.Module) -> Self:
+    def from_float(cls, layer: nn.Conv2d, weight: PackedTensor, input_quantizer: nn.Module) -> "PackedConv2d":
         """Take the geometry and the bias of a convolution."""
         return _fill(cls(**layers.conv_arguments(layer), device="meta"), layer, weight, input_quantizer)
 
@@ -98,7 +110,7 @@ class PackedLinear(nn.Linear):
     input_quantizer: nn.Module
 
     @classmethod
-    def from_float(cls, layer: nn.Linear, weight: PackedTensor, input_quantizer: nn.Module) -> Self:
+    def from_float(cls, layer: nn.Linear, weight: PackedTensor, input_quantizer: nn.Module) -> "PackedLinear":
         """Take the geometry and the bias of a linear layer."""
         return _fill(cls(**layers.linear_arguments(layer), device="meta"), layer, weight, input_quantizer)
 
@@ -135,7 +147,7 @@ def pack(model: nn.Module) -> nn.Module:
     for module in list(twin.modules()):
         for name, child, parameter in layers.slots(module):
             if parameter is None and isinstance(child, Quantizer):
-                setattr(module, name, frozen.setdefault(id(child), child.frozen()))
+                setattr(module, name, frozen.setdefault(id(child), child.frozen().train(child.training)))
         if isinstance(module, (QuantConv2d, QuantLinear)) and isinstance(module.weight_quantizer, Quantizer):
             key = (id(module.weight), id(module.weight_quantizer))
             if key not in tensors:
@@ -188,6 +200,17 @@ def bits_per_weight(model: nn.Module) -> float:
     if not weights:
         raise StateError("the model has no convolution or linear layer to count")
     return stored / weights
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    # By the strides: a kernel of 1 by 1 is contiguous in either order, and the convolution still tells them apart.
+    if tensor.ndim != 4:
+        return False
+    strides = (
+        torch.empty(tensor.shape, device="meta", memory_format=order).stride()
+        for order in (torch.contiguous_format, torch.channels_last)
+    )
+    return [tensor.stride() == each for each in strides] == [False, True]
 
 
 def _storable(grid: Grid) -> UniformGrid | CodebookGrid:

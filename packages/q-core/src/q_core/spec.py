@@ -6,7 +6,7 @@ shape of a tensor into the shape of its scale; below this module nothing knows a
 
 import abc
 import dataclasses
-from typing import Self, final
+from typing import final
 
 from q_core.errors import ShapeError, SpecError
 
@@ -154,7 +154,7 @@ class QuantSpec:
     @classmethod
     def signed(
         cls, bits: int, *, granularity: Granularity = PerTensor(), symmetric: bool = True, narrow: bool = False
-    ) -> Self:
+    ) -> "QuantSpec":
         """Describe signed codes `-2^(bits-1)` to `2^(bits-1) - 1`.
 
         Args:
@@ -172,7 +172,7 @@ class QuantSpec:
         return cls(bits, -half + narrow, half - 1, symmetric, granularity)
 
     @classmethod
-    def unsigned(cls, bits: int, *, granularity: Granularity = PerTensor(), symmetric: bool = False) -> Self:
+    def unsigned(cls, bits: int, *, granularity: Granularity = PerTensor(), symmetric: bool = False) -> "QuantSpec":
         """Describe unsigned codes 0 to `2^bits - 1`.
 
         Args:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from q_core import layers
-from q_core.errors import DataError, MatchError, QuantizationError, StateError
+from q_core.errors import DataError, MatchError, QuantizationError, SpecError, StateError
 from q_core.grid import UniformGrid
 from q_core.layers import QuantAdd, QuantConcat, QuantConv2d, QuantLinear
 from q_core.observer import GridFactory, MinMaxObserver, Observer
@@ -69,11 +69,21 @@ class Rule:
         pattern: Regular expression that must match the whole path of a module, such as `layer1\..*`.
         weight: Recipe for the slots that see a parameter; None keeps them float.
         input: Recipe for the slots that see an activation; None keeps them float.
+
+    Raises:
+        SpecError: The pattern is not a regular expression.
     """
 
     pattern: str
     weight: Recipe | None = None
     input: Recipe | None = None
+
+    def __post_init__(self) -> None:
+        """Check the pattern."""
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise SpecError(f"pattern {self.pattern!r} is not a regular expression: {error}; see re.escape") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,11 +254,11 @@ def _fill(
             # Layers that share a parameter share its observer: tied weights are quantized once.
             key = (id(parameter), id(rule.weight))
             if key not in observers:
-                observers[key] = rule.weight.build(tuple(parameter.shape)).to(device)
+                observers[key] = rule.weight.build(tuple(parameter.shape)).to(device).train(layer.training)
             setattr(layer, name, observers[key])
             weight_spec = rule.weight.spec
         elif parameter is None and rule.input is not None:
-            setattr(layer, name, rule.input.build(_input_shape(layer)).to(device))
+            setattr(layer, name, rule.input.build(_input_shape(layer)).to(device).train(layer.training))
             input_spec = rule.input.spec
     return weight_spec, input_spec
 

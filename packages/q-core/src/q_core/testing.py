@@ -1,9 +1,9 @@
 """Laws that every grid, rounding and observer must obey, as functions to run on parts of your own.
 
 `check_grid(MyGrid(...))`, `check_rounding(MyRounding())` and `check_observer(MyObserver)` return nothing or raise a
-`LawError` that names the law, the value and what was expected. Everything else in the family relies on these laws: a part
-that obeys them can be swapped in, calibrated, packed and saved. A law that a part breaks by design, and says so in its
-documentation, is waived by name.
+`LawError` that names the law, the value and what was expected. Everything else in the family relies on these laws: a
+part that obeys them can be swapped in, calibrated, packed and saved. A law that a part breaks by design, and says so in
+its documentation, is waived by name.
 """
 
 import copy
@@ -136,11 +136,13 @@ class _GridLaws(_Laws):
         _require(not levels.requires_grad, "levels that require a gradient", "a table apart from the graph")
         _all(levels.isfinite(), "level", levels, "a finite real")
         _all(levels.diff(dim=-1) > 0, "step between neighbouring levels", levels.diff(dim=-1), "a positive one")
-        for code, row in zip(range(grid.qmin, grid.qmax + 1), levels.unbind(-1), strict=True):
-            codes = torch.full_like(row, code)
-            with torch.no_grad():
-                _same(grid.dequantize(codes).to(row.dtype), row, f"real of code {code}")
-            _same(self._codes(row), codes, "code of a level", row)
+        numbers = (
+            torch.arange(grid.qmin, grid.qmax + 1, device=levels.device).to(levels.dtype).expand(self._levels.shape)
+        )
+        codes, reals = (_from_rows(rows, grid.tile_shape) for rows in (numbers, levels.flatten(0, -2)))
+        with torch.no_grad():
+            _same(grid.dequantize(codes), reals, "real", codes)
+        _same(self._codes(reals), codes, "code of a level", reals)
 
     def codes(self) -> None:
         codes, low, high = self._codes(self._x), self._grid.qmin, self._grid.qmax
@@ -364,7 +366,8 @@ def _neighbours(table: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 def _layouts(x: Tensor) -> Iterator[Tensor]:
     """Yield the same tensor with other strides."""
     yield x.repeat_interleave(2, -1)[..., ::2]
-    yield x.mT.contiguous().mT if x.ndim > 1 else x.flip(0).contiguous().flip(0)
+    backward = tuple(reversed(range(x.ndim)))
+    yield x.permute(backward).contiguous().permute(backward)
     if x.ndim == 4:
         yield x.contiguous(memory_format=torch.channels_last)
 

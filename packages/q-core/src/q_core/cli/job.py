@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from q_core.analysis import compare, distributions
+from q_core.analysis import Distribution, LayerError, compare, distributions
 from q_core.calibrate import evaluation, feed
 from q_core.checkpoint import load_packed, save_packed
 from q_core.cli.report import MEASURED, LayerView, TableRow, render
@@ -148,8 +148,9 @@ def run(job: Job, out: str | os.PathLike[str], *, say: Say = say) -> list[Accura
             json.dumps([dataclasses.asdict(row) for row in results], indent=1, allow_nan=False) + "\n", encoding="utf-8"
         )
         (folder / "report.html").write_text(render(results, table, views), encoding="utf-8")
+        written = sorted(path.name for path in folder.iterdir())
     say(_tabulate(table))
-    say(f"wrote {', '.join(sorted(path.name for path in Path(out).iterdir() if path.is_file()))} to {out}")
+    say(f"wrote {', '.join(written)} to {out}")
     return results
 
 
@@ -285,13 +286,21 @@ def _view(job: Job, configuration: Configuration, quantized: Quantized) -> Layer
     images, _ = next(_pairs(job.evaluation))
     images = images[:_ANALYSED_SAMPLES] if isinstance(images, Tensor) else images
     example, _ = first_batch(job.calibration)
-    name = f"{configuration.name} {configuration.bits}"
+    # A method may build layers that no float layer corresponds to, or that hold no quantizer to look into. The report
+    # then says so in the place of the figure.
+    errors: list[LayerError] = []
+    histograms: list[Distribution] = []
+    errors_problem = histograms_problem = ""
     try:
         errors = compare(fold_batchnorm(job.model, example), quantized.model, images)
     except QuantizationError as error:
-        # A method may build layers that no float layer corresponds to. The report then says so in their place.
-        return LayerView(name, [], distributions(quantized.model, images), str(error))
-    return LayerView(name, errors, distributions(quantized.model, images))
+        errors_problem = str(error)
+    try:
+        histograms = distributions(quantized.model, images)
+    except QuantizationError as error:
+        histograms_problem = str(error)
+    name = f"{configuration.name} {configuration.bits}"
+    return LayerView(name, errors, histograms, errors_problem, histograms_problem)
 
 
 def _file_name(job: Job, configuration: Configuration) -> str:

@@ -17,7 +17,7 @@ from q_core.methods import FLOAT_BITS
 MEASURED = ("bits_per_weight", "bytes_on_disk", "seconds")
 """What the settings of a row hold beside the options: figures of that row."""
 
-_SHOWN_LAYERS = 12
+_SHOWN_LAYERS = 16
 
 _CSS = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1d2330; --soft: #5b6475; --line: #d9dde5; }
@@ -96,13 +96,15 @@ class LayerView:
         name: Method and bits.
         errors: Error of each layer, in the order of execution.
         distributions: What enters each quantizer.
-        problem: Why there are no errors, if there are none.
+        errors_problem: Why there are no errors, if there are none.
+        distributions_problem: Why there are no distributions, if there are none.
     """
 
     name: str
     errors: Sequence[LayerError]
     distributions: Sequence[Distribution]
-    problem: str = ""
+    errors_problem: str = ""
+    distributions_problem: str = ""
 
 
 def render(rows: Sequence[AccuracyRow], table: Sequence[TableRow], views: Sequence[LayerView]) -> str:
@@ -161,15 +163,15 @@ def _accuracy_table(table: Sequence[TableRow]) -> str:
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
         "<p class='note'>W4A8 means 4-bit weights and 8-bit activations in the inner layers. Accuracy is top-1; the "
         "column beside it is the difference to the float model in points. Bits per weight count codes, scales and "
-        "codebooks. Bytes are those of the whole file. Seconds are what the method took, without evaluation. Each quantized model "
-        "was packed, written, read again and evaluated to the same logits, bit for bit.</p>"
+        "codebooks. Bytes are those of the whole file. Seconds are what the method took, without evaluation. Each "
+        "quantized model was packed, written, read again and evaluated to the same logits, bit for bit.</p>"
     )
 
 
 def _errors(view: LayerView) -> str:
     heading = f"<h2>Error of each layer: {_text(view.name)}</h2>"
     if not view.errors:
-        return f"{heading}<p class='note'>not measured: {_text(view.problem or 'no layer ran')}</p>"
+        return f"{heading}<p class='note'>not measured: {_text(view.errors_problem)}</p>"
     note = (
         "Signal-to-quantization-noise ratio of each layer's output; more is better, 6 dB are about one bit. "
         "<em>Local</em>: the layer alone is quantized and sees the input of the float network. <em>Accumulated</em>: "
@@ -181,8 +183,9 @@ def _errors(view: LayerView) -> str:
 
 
 def _histograms(view: LayerView) -> str:
+    heading = f"<h2>Weights and activations: {_text(view.name)}</h2>"
     if not view.distributions:
-        return ""
+        return f"{heading}<p class='note'>not measured: {_text(view.distributions_problem)}</p>"
     paths = list(dict.fromkeys(entry.path for entry in view.distributions))
     chosen = _chosen(paths, view.errors)
     which = (
@@ -194,11 +197,11 @@ def _histograms(view: LayerView) -> str:
     note = (
         f"What enters the quantizers of {which}. Red: the levels that are there to hold it, as lines, or as a band of "
         f"ticks at the foot where there are more than {figures.LINES}; whatever lies outside them is clipped. Heights "
-        "are on a logarithmic scale. Where each channel has a scale of its own, values are divided by the largest level of "
-        "their channel."
+        "are on a logarithmic scale. Where each channel has a scale of its own, values are divided by the largest "
+        "level of their channel."
     )
     return (
-        f"<h2>Weights and activations: {_text(view.name)}</h2><p class='note'>{_text(note)}</p>"
+        f"{heading}<p class='note'>{_text(note)}</p>"
         f"<figure>{figures.histograms(entries, view.name + ' histograms')}</figure>"
     )
 

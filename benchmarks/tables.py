@@ -1,0 +1,167 @@
+"""Writes the measured tables of the documentation from `benchmarks/results`.
+
+    python benchmarks/tables.py [--check]
+
+Rows are only ever appended to the results; of several rows of one cell the last one counts. With `--check` nothing is
+written, and a table that is not the one of the rows ends the command with an error.
+"""
+
+import argparse
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "reference" / "results.md"
+BITS = ("W8A8", "W6A6", "W4A4", "W3A3", "W2A4")
+EMPTY = "No rows yet."
+
+Row = dict[str, Any]
+
+
+def main() -> None:
+    """Write the tables, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when a table is stale")
+    check = parser.parse_args().check
+    text = page = PAGE.read_text(encoding="utf-8")
+    for name, make in BLOCKS.items():
+        text = fill(text, name, make())
+    if text == page:
+        print(f"{PAGE.relative_to(ROOT)} is what the rows say")
+    elif check:
+        sys.exit(f"{PAGE.relative_to(ROOT)} is stale: run python benchmarks/tables.py")
+    else:
+        PAGE.write_text(text, encoding="utf-8")
+        print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+def fill(text: str, name: str, block: str) -> str:
+    """Replace what stands between the markers of a block."""
+    begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if len(pattern.findall(text)) != 1:
+        sys.exit(f"{PAGE.relative_to(ROOT)}: expected one block between {begin} and {end}")
+    return pattern.sub(lambda _: f"{begin}\n\n{block}\n\n{end}", text)
+
+
+def read(area: str, cell: Callable[[Row], tuple[Any, ...]]) -> list[Row]:
+    """Return the last row of each cell of an area, in the order in which the cells first appear."""
+    newest: dict[tuple[Any, ...], Row] = {}
+    for path in sorted((RESULTS / area).glob("**/*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            newest[cell(row)] = row
+    return list(newest.values())
+
+
+def accuracy() -> str:
+    """One section per network: observers and granularities down, bits across."""
+    rows = read("accuracy", lambda row: (row["dataset"], row["network"], row["method"], bits(row), *variant(row)))
+    networks = sorted({(row["dataset"], row["network"]) for row in rows})
+    sections = [section(*key, [row for row in rows if (row["dataset"], row["network"]) == key]) for key in networks]
+    return "\n\n".join(sections) or EMPTY
+
+
+def bits(row: Row) -> str:
+    return "FP32" if row["method"] == "float" else f"W{row['weight_bits']}A{row['activation_bits']}"
+
+
+def variant(row: Row) -> tuple[str, str]:
+    settings = row["settings"]
+    return settings.get("observer", ""), settings.get("weight_granularity", "")
+
+
+def section(dataset: str, network: str, rows: list[Row]) -> str:
+    quantized = [row for row in rows if row["method"] != "float"]
+    exact = next((f"{row['value']:.2f}" for row in rows if row["method"] == "float"), "")
+    cells = {(row["method"], *variant(row), bits(row)): f"{row['value']:.2f}" for row in quantized}
+    stored = {(variant(row)[1], bits(row)): row["settings"].get("bits_per_weight") for row in quantized}
+    lines = [
+        [
+            method,
+            observer,
+            f"per {granularity}",
+            exact,
+            *(cells.get((method, observer, granularity, b), "") for b in BITS),
+        ]
+        for method, observer, granularity in dict.fromkeys((row["method"], *variant(row)) for row in quantized)
+    ]
+    lines += [
+        ["bits per weight", "", f"per {granularity}", "32", *(f"{stored.get((granularity, b)) or '':.5}" for b in BITS)]
+        for granularity in dict.fromkeys(granularity for granularity, _ in stored)
+    ]
+    return "\n\n".join(
+        [
+            f"### {network}",
+            table(["method", "observer", "weight scale", "FP32", *BITS], lines, left=3),
+            f"Top-1 accuracy in percent on {distinct(row['samples'] for row in rows)} images of {dataset}. "
+            f"Seeds: {distinct(row['seed'] for row in rows)}. "
+            f"Float checkpoint: {distinct(row['checkpoint_sha256'][:12] for row in rows)}. "
+            f"Commit: {commits(rows)}. First and last layer: at least "
+            f"{distinct(row['settings'].get('edge_bits') for row in quantized)} bits. "
+            f"Calibration images: {distinct(row['settings'].get('calibration_images') for row in quantized)}.",
+            "Stays float: " + "; ".join(dict.fromkeys(part for row in quantized for part in row["stays_float"])) + ".",
+            machine(rows),
+            "\n".join(["```console", *dict.fromkeys(row["command"] for row in rows), "```"]),
+        ]
+    )
+
+
+def speed() -> str:
+    """One table of all comparisons."""
+    rows = read("speed", lambda row: (row["benchmark"], row["case"], row["peer"], row["threads"], row["device"]))
+    if not rows:
+        return EMPTY
+    lines = [
+        [
+            row["benchmark"],
+            row["case"],
+            f"{row['ours_seconds']:.3g}",
+            row["peer"],
+            f"{row['peer_seconds']:.3g}",
+            f"{row['ratio']:.2f}",
+            shown(row["spread"]),
+            str(row["threads"]),
+        ]
+        for row in sorted(rows, key=lambda row: (row["benchmark"], row["case"], row["peer"], row["threads"]))
+    ]
+    head = ["benchmark", "case", "ours (s)", "peer", "peer (s)", "ratio", "spread", "threads"]
+    return "\n\n".join([table(head, lines, left=2), f"Commit: {commits(rows)}.", machine(rows)])
+
+
+def shown(value: Any) -> str:
+    """Show a figure or a few, such as the ends of a spread."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return " to ".join(f"{each:.2f}" for each in values)
+
+
+def commits(rows: list[Row]) -> str:
+    return distinct((row["commit"] or "unknown").removesuffix("+changes")[:10] for row in rows)
+
+
+def machine(rows: list[Row]) -> str:
+    versions = sorted({f"{name} {version}" for row in rows for name, version in row["versions"].items()})
+    dates = sorted(row["date"][:10] for row in rows)
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    return f"Measured on {distinct(row['device'] for row in rows)}, {when}, with {', '.join(versions)}."
+
+
+def distinct(values: Iterable[Any]) -> str:
+    return ", ".join(sorted({f"{value:,}" if isinstance(value, int) else str(value) for value in values}))
+
+
+def table(head: list[str], lines: list[list[str]], *, left: int) -> str:
+    """Write a Markdown table whose first columns are left-aligned."""
+    rule = ["---"] * left + ["--:"] * (len(head) - left)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
+
+
+BLOCKS = {"accuracy": accuracy, "speed": speed}
+
+if __name__ == "__main__":
+    main()
