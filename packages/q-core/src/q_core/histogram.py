@@ -54,7 +54,7 @@ class StreamingHistogram(nn.Module):
         """Add one to entry `floor(x / width) mod bins` of the table for each `x`."""
         inverse = torch.exp2(-self.exponent.to(rows.dtype)).expand(rows.shape[0], 1)
         one = finite.to(torch.int64).expand(rows.shape[0], 1)
-        across = max(1, min(_CHUNK, rows.shape[1]))
+        across = max(1, min(_CHUNK // _LANES, rows.shape[1]))
         down = max(1, _CHUNK // across)
         for row in range(0, rows.shape[0], down):
             block = slice(row, row + down)
@@ -89,3 +89,18 @@ class StreamingHistogram(nn.Module):
         """Return the real in the middle of each bin."""
         position = torch.arange(self.bins, device=self.counts.device, dtype=torch.float64) - self.bins // 2 + 0.5
         return position * self.width()
+
+    def occupied(self) -> tuple[Float[Tensor, "tiles used"], Float[Tensor, "tiles used"]]:
+        """Return the middle of each bin that is not empty, in widths of a bin, and its count.
+
+        A tile with fewer such bins than another is filled up with counts of zero. In a tile of few values most bins
+        are empty, so this is what a search should run over.
+        """
+        tile, place = self.counts.nonzero(as_tuple=True)
+        used = self.counts.count_nonzero(1)
+        slot = torch.arange(tile.numel(), device=tile.device) - (used.cumsum(0) - used)[tile]
+        counts = torch.zeros(used.numel(), int(used.max()), device=tile.device)
+        middle = torch.zeros_like(counts)
+        counts[tile, slot] = self.counts[tile, place].to(counts.dtype)
+        middle[tile, slot] = (place - self.bins // 2).to(counts.dtype) + 0.5
+        return middle, counts

@@ -439,19 +439,16 @@ class MSEObserver(HistogramObserver):
         Works in codes: $\sum_b n_b |x_b - \hat{x}_b|^p = s^p \sum_b n_b |u_b - q_b|^p$ with $u = x / s + z$.
         """
         grid = UniformGrid.from_range(self.spec, low.to(torch.float32), high.to(torch.float32))
-        occupied = self.histogram.counts.any(0).nonzero()
-        first, last = int(occupied[0]), int(occupied[-1]) + 1
-        position = torch.arange(first, last, dtype=torch.float32, device=low.device) + (0.5 - self.histogram.bins // 2)
-        counts = self.histogram.counts[:, first:last].to(torch.float32)
+        position, counts = self.histogram.occupied()
         ratio = (self.histogram.width() / grid.scale).to(torch.float32)
         loss = torch.empty_like(ratio)
         tiles, candidates = ratio.shape
-        across = max(1, _BLOCK // (last - first))
+        across = max(1, _BLOCK // max(1, position.shape[1]))
         down = max(1, across // candidates)
         for row in range(0, tiles, down):
             for column in range(0, candidates, across):
                 block = slice(row, row + down), slice(column, column + across)
-                u = position * ratio[block].unsqueeze(2)
+                u = position[block[0]].unsqueeze(1) * ratio[block].unsqueeze(2)
                 if grid.zero_point is not None:
                     u += grid.zero_point[block].unsqueeze(2)
                 error = u.clamp(grid.qmin, grid.qmax).round_().sub_(u).abs_()

@@ -106,7 +106,7 @@ def environment(packages: Sequence[str] = ()) -> Environment:
     versions |= {name: metadata.version(name) for name in packages}
     device = f"{_processor()}, {torch.get_num_threads()} threads"
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return Environment(_commit(Path(__file__)), versions, device, date)
+    return Environment(source_commit(Path(__file__)), versions, device, date)
 
 
 def append_jsonl(path: str | os.PathLike[str], row: object) -> None:
@@ -162,7 +162,17 @@ def float_parts(model: nn.Module, report: SwapReport) -> tuple[str, ...]:
     return (*parts, *_UNSEEN)
 
 
-def _commit(file: Path) -> str | None:
+def source_commit(file: Path) -> str | None:
+    """Return the commit of the checkout that a file belongs to.
+
+    Args:
+        file: A source file.
+
+    Returns:
+        The commit, with `+changes` where a Python file of the checkout differs from it; None when the file is not
+        under version control.
+    """
+
     def git(*arguments: str) -> str | None:
         try:
             done = subprocess.run(
