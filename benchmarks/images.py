@@ -50,4 +50,3 @@ def normalize(images: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...
     tensor = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).to(torch.float32) / 255
     shape = (1, 3, 1, 1)
     return ((tensor - torch.tensor(mean).reshape(shape)) / torch.tensor(std).reshape(shape)).contiguous()
-

@@ -19,7 +19,16 @@ from typing import Any
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from networks import NETWORKS, Pretrained, correct
-from q_core import MinMaxObserver, MSEObserver, PercentileObserver, PerChannel, PerTensor, bits_per_weight, nearest, pack
+from q_core import (
+    MinMaxObserver,
+    MSEObserver,
+    PercentileObserver,
+    PerChannel,
+    PerTensor,
+    bits_per_weight,
+    nearest,
+    pack,
+)
 from q_core.cli.rows import TOP1, AccuracyRow, append_jsonl, environment, float_parts, state_sha256
 from torch import Tensor, nn
 
@@ -69,7 +78,10 @@ class Session:
 
     def run(self, done: set[Cell]) -> None:
         hits = correct(self.model, self.images, self.labels)
-        print(f"{self.name}: float {hits} of {len(self.labels)} correct, its source says {self.network.correct}", flush=True)
+        print(
+            f"{self.name}: float {hits} of {len(self.labels)} correct, its source says {self.network.correct}",
+            flush=True,
+        )
         if hits != self.network.correct:
             raise SystemExit(f"{self.name}: the float network does not reproduce its published accuracy")
         if (self.name, 32, 32, "", "") not in done:

@@ -33,6 +33,21 @@ OBSERVERS: dict[str, Callable[..., Observer]] = {
 }
 
 
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "plain": {"in_channels": 3, "out_channels": 5, "kernel_size": 3},
+    "one pixel": {"in_channels": 7, "out_channels": 1, "kernel_size": 1, "bias": False},
+    "stride": {"in_channels": 3, "out_channels": 2, "kernel_size": (3, 2), "stride": (2, 3), "padding": (1, 0)},
+    "grouped": {"in_channels": 6, "out_channels": 9, "kernel_size": 3, "groups": 3},
+    "depthwise": {"in_channels": 5, "out_channels": 5, "kernel_size": 3, "groups": 5, "padding": 1, "bias": False},
+    "dilated": {"in_channels": 2, "out_channels": 3, "kernel_size": 3, "dilation": (1, 2)},
+    "same": {"in_channels": 2, "out_channels": 3, "kernel_size": (3, 5), "padding": "same"},
+    "valid": {"in_channels": 2, "out_channels": 3, "kernel_size": 3, "padding": "valid"},
+    "reflect": {"in_channels": 2, "out_channels": 3, "kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+    "replicate": {"in_channels": 2, "out_channels": 3, "kernel_size": 5, "padding": 2, "padding_mode": "replicate"},
+    "circular": {"in_channels": 2, "out_channels": 3, "kernel_size": 3, "padding": (1, 2), "padding_mode": "circular"},
+}
+
+
 class Residual(nn.Module):
     """The ordinary case: convolutions with batch norms, one of them depthwise, a residual sum, a linear layer."""
 

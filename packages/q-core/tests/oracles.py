@@ -106,18 +106,17 @@ def mse_candidates(low, high, qmin, qmax, symmetric, count):
     return [(full * fraction, qmin + zero) for fraction in fractions for zero in zeros]
 
 
-def entropy_threshold(values, bins, candidates, qmin, qmax, symmetric):
-    """Migacz 2017: the threshold with the least divergence between a clipped histogram and its quantized form."""
+def entropy_divergences(values, bins, candidates, qmin, qmax, symmetric):
+    """Migacz 2017: each threshold and the divergence between the clipped histogram and its quantized form."""
     width, counts = histogram(values, bins)
     largest, seen_low, seen_high = max(abs(v) for v in values), min(values), max(values)
-    best, chosen = math.inf, largest
+    result = []
     for k in range(candidates):
         threshold = largest * ((k + 1) / candidates)
         low, high = min(max(-threshold, seen_low), 0.0), max(min(threshold, seen_high), 0.0)
-        divergence = _divergence(counts, width, threshold, *_uniform(low, high, qmin, qmax, symmetric), qmin, qmax)
-        if divergence <= best:
-            best, chosen = divergence, threshold
-    return chosen
+        scale, zero_point = _uniform(low, high, qmin, qmax, symmetric)
+        result.append((threshold, _divergence(counts, width, threshold, scale, zero_point, qmin, qmax)))
+    return result
 
 
 def _uniform(low, high, qmin, qmax, symmetric):

@@ -191,7 +191,7 @@ def write_atomically(target: Path, write: Any) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
-def _unique(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _unique(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Keep every tensor once; a second name for the same tensor becomes an alias."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -234,7 +234,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     if version != VERSION:
         raise FormatError(f"{path} has version {version!r} of the format: this release reads {VERSION}")
-    if _digest(tensors, description) != sha256:
+    if not isinstance(description, dict) or _digest(tensors, description) != sha256:
         raise FormatError(f"{path} is damaged: its SHA-256 is not the one it was written with; copy it again")
     return tensors, description
 

@@ -3,6 +3,7 @@
 Bins are one power of two wide and lie on the lattice of that power, so a coarser histogram is an exact sum of bins of
 a finer one. When a value falls outside, the bins are merged in pairs until it fits. The final histogram therefore
 depends on the multiset of values alone: not on how the stream was cut into batches, nor on which rank saw which part.
+(One exception is out of reach of real data: a negative value 2**120 times smaller than the largest may count as zero.)
 Memory is `tiles x bins` counters, whatever the length of the stream.
 """
 
@@ -93,14 +94,14 @@ class StreamingHistogram(nn.Module):
     def occupied(self) -> tuple[Float[Tensor, "tiles used"], Float[Tensor, "tiles used"]]:
         """Return the middle of each bin that is not empty, in widths of a bin, and its count.
 
-        A tile with fewer such bins than another is filled up with counts of zero. In a tile of few values most bins
-        are empty, so this is what a search should run over.
+        A tile with fewer such bins than another is filled up with bin 0 and a count of zero. In a tile of few values
+        most bins are empty, so this is what a search should run over.
         """
         tile, place = self.counts.nonzero(as_tuple=True)
         used = self.counts.count_nonzero(1)
         slot = torch.arange(tile.numel(), device=tile.device) - (used.cumsum(0) - used)[tile]
         counts = torch.zeros(used.numel(), int(used.max()), device=tile.device)
-        middle = torch.zeros_like(counts)
+        middle = torch.full_like(counts, 0.5)
         counts[tile, slot] = self.counts[tile, place].to(counts.dtype)
         middle[tile, slot] = (place - self.bins // 2).to(counts.dtype) + 0.5
         return middle, counts

@@ -26,8 +26,8 @@ def slots(module: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor | None]]:
     Yields:
         The attribute name, the module in the slot, and the parameter it sees or None for an activation.
     """
-    for name, child in module.named_children():
-        if name.endswith(SLOT_SUFFIX):
+    for name, child in module._modules.items():  # named_children() would list a module in two slots once
+        if child is not None and name.endswith(SLOT_SUFFIX):
             yield name, child, module._parameters.get(name.removesuffix(SLOT_SUFFIX))
 
 

@@ -17,7 +17,7 @@ from q_core.calibrate import CalibrationReport, calibrate, feed
 from q_core.errors import DataError, MatchError
 from q_core.observer import MSEObserver, Observer
 from q_core.spec import Granularity, PerChannel, PerTensor, QuantSpec
-from q_core.swap import DEFAULT_LAYERS, Recipe, Rule, SwapReport, fold_batchnorm, swap
+from q_core.swap import Recipe, Rule, SwapReport, fold_batchnorm, swap, swappable
 
 FLOAT_BITS = 32
 
@@ -58,7 +58,7 @@ def edge_rules(
         MatchError: The model has no layer that can be swapped.
         SpecError: Bits that `weight` or `input` refuses.
     """
-    paths = {path: module for path, module in model.named_modules() if type(module) in DEFAULT_LAYERS}
+    paths = swappable(model)
     weighted = [path for path, module in paths.items() if isinstance(module, (nn.Conv2d, nn.Linear))]
     if not weighted:
         raise MatchError(f"a {type(model).__name__} has no convolution or linear layer that can be quantized")

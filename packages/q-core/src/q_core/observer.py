@@ -30,7 +30,7 @@ GridFactory = Callable[[QuantSpec, Tensor, Tensor], Grid]
 
 _ACTIVATION_BINS = 2048
 _CANDIDATES = 100
-_BLOCK = 1 << 18  # errors evaluated at once, so that they stay in cache
+_BLOCK = 1 << 17  # errors evaluated at once, so that they stay in cache
 
 
 class Observer(PreciseModule, abc.ABC):

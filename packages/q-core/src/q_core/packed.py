@@ -130,7 +130,8 @@ def pack(model: nn.Module) -> nn.Module:
         model: A calibrated model. Not changed.
 
     Returns:
-        A model with the same outputs, bit for bit. Layers whose weight stays float keep it.
+        A model with the same outputs, bit for bit when gradients are off: torch may add in another order where a weight
+        requires one. Layers whose weight stays float keep it.
 
     Raises:
         StateError: The model still holds observers.

@@ -166,7 +166,7 @@ def swap(
         QuantizationError: A recipe does not fit a layer; the note names it.
     """
     twin = share(model)
-    paths = [path for path, module in twin.named_modules() if type(module) in table and _owns_weight(module)]
+    paths = list(swappable(twin, table=table))
     _check_rules(rules, paths, twin)
     swapped: list[SwappedLayer] = []
     replaced: dict[int, nn.Module] = {}
@@ -187,6 +187,13 @@ def swap(
     twin = replace_modules(twin, replaced)
     done = {layer.path for layer in swapped}
     return twin, SwapReport(tuple(swapped), tuple(_stays_float(model, done, table)))
+
+
+def swappable(model: nn.Module, *, table: LayerTable = DEFAULT_LAYERS) -> dict[str, nn.Module]:
+    """Return the modules that `swap` can replace, by path in the order of registration."""
+    bypassed = _bypassed(model)
+    named = model.named_modules()
+    return {path: module for path, module in named if type(module) in table and id(module) not in bypassed}
 
 
 def share(model: nn.Module) -> nn.Module:
@@ -236,6 +243,17 @@ def _owns_weight(module: nn.Module) -> bool:
     return not isinstance(vars(module).get("weight"), Tensor)
 
 
+def _bypassed(model: nn.Module) -> dict[int, str]:
+    """Find the modules whose slots the network would go around, in silence, and say why."""
+    reasons = {id(module): "a hook computes its weight" for module in model.modules() if not _owns_weight(module)}
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # Its fast path, taken in evaluation without gradients, hands the weights of its layers to one function.
+            reason = "a fused encoder layer reads its weight without calling it"
+            reasons |= dict.fromkeys(map(id, module.children()), reason)
+    return reasons
+
+
 def _device(root: nn.Module, path: str) -> torch.device:
     """Return where a module computes: the device of the first parameter in it, or in the nearest module around it."""
     parameter = next(root.get_submodule(path).parameters(), None)
@@ -282,14 +300,13 @@ def _check_rules(rules: Sequence[Rule], paths: list[str], twin: nn.Module) -> No
 
 def _stays_float(model: nn.Module, done: set[str], table: LayerTable) -> list[FloatLayer]:
     kept = []
+    bypassed = _bypassed(model)
     for path, module in model.named_modules():
         if path in done:
             continue
         own = any(parameter is not None for parameter in module._parameters.values())
-        if type(module) in table and not _owns_weight(module):
-            kept.append(FloatLayer(path, type(module).__name__, "a hook computes its weight"))
-        elif type(module) in table:
-            kept.append(FloatLayer(path, type(module).__name__, "no rule asks for it"))
+        if type(module) in table:
+            kept.append(FloatLayer(path, type(module).__name__, bypassed.get(id(module), "no rule asks for it")))
         elif own:
             kept.append(FloatLayer(path, type(module).__name__, "this type cannot be swapped"))
     return kept
