@@ -90,9 +90,11 @@ def docs(session: nox.Session) -> None:
     """Build the site, failing on any warning, after checking its tables and running its snippets."""
     extras = "[cli]"
     install(session, *PACKAGES, extras=extras, tools=["mkdocs<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"])
-    session.install(*CONSTRAINTS, "sybil>=9", "scikit-learn>=1.5", *TEST_TOOLS)
+    # mkdocstrings lets ruff lay out the signatures.
+    session.install(*CONSTRAINTS, "sybil>=9", "scikit-learn>=1.5", "ruff==0.17.6", *TEST_TOOLS)
     session.run("python", "benchmarks/tables.py", "--check")
-    session.run("pytest", "docs", "README.md", "-p", "no:cacheprovider")
+    readmes = [f"packages/{package}/README.md" for package in PACKAGES]
+    session.run("pytest", "docs", "README.md", *readmes, "-p", "no:cacheprovider")
     session.run("mkdocs", "build", "--strict")
 
 

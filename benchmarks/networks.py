@@ -5,10 +5,11 @@ import pathlib
 from collections.abc import Callable
 
 import torch
-from images import load, normalize
-from models.cifar import resnet20, resnet20v, resnet56
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from images import load, normalize
+from models.cifar import resnet20, resnet20v, resnet56
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CIFAR100 = ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276))

@@ -141,7 +141,8 @@ def shown(value: Any) -> str:
 
 
 def commits(rows: list[Row]) -> str:
-    return distinct((row["commit"] or "unknown").removesuffix("+changes")[:10] for row in rows)
+    """Shorten the commits; `+changes` marks rows of a tree with uncommitted files."""
+    return distinct(re.sub(r"^(\w{10})\w*", r"\1", row["commit"] or "unknown") for row in rows)
 
 
 def machine(rows: list[Row]) -> str:

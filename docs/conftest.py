@@ -30,7 +30,7 @@ from sybil.parsers.markdown import SkipParser
 from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PATH = os.pathsep.join(map(str, [ROOT / "packages/q-core/src", *filter(None, [os.environ.get("PYTHONPATH")])]))
+PATH = os.pathsep.join([*map(str, ROOT.glob("packages/*/src")), *filter(None, [os.environ.get("PYTHONPATH")])])
 PROGRAMS = {
     "python": [sys.executable],
     "torchrun": [sys.executable, "-m", "torch.distributed.run"],

@@ -2,8 +2,8 @@
 
     nox -s accuracy -- --data DIR [--networks NAME ...] [--resume]
 
-Every network is quantized at five settings, with three observers, with one weight scale per tensor and per channel, from
-1,024 training images without labels, and evaluated on all 10,000 test images. Rows are appended to
+Every network is quantized at five settings, with three observers, with one weight scale per tensor and per channel,
+from 1,024 training images without labels, and evaluated on all 10,000 test images. Rows are appended to
 `benchmarks/results/accuracy/ptq.jsonl`; the table in the documentation is generated from that file.
 """
 
@@ -18,6 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from torch import Tensor, nn
+
 from networks import NETWORKS, Pretrained, correct
 from q_core import (
     MinMaxObserver,
@@ -30,7 +32,6 @@ from q_core import (
     pack,
 )
 from q_core.cli.rows import TOP1, AccuracyRow, append_jsonl, environment, float_parts, state_sha256
-from torch import Tensor, nn
 
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results" / "accuracy" / "ptq.jsonl"
 BITS = ((8, 8), (6, 6), (4, 4), (3, 3), (2, 4))

@@ -62,7 +62,6 @@ def main() -> None:
             command=f"python benchmarks/quickstart/digits.py --out {out}",
             seed=SEED,
             settings={
-                "observer": "MSEObserver",
                 "calibration_samples": CALIBRATION,
                 "epochs": EPOCHS,
                 "split": f"{len(images)} training, {HELD_OUT} held out, stratified, seed {SEED}",

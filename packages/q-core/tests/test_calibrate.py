@@ -201,6 +201,23 @@ def test_a_data_loader_with_labels_is_read_once() -> None:
     assert Counted.reads == 7
 
 
+def test_a_stream_without_a_length_is_read_to_its_end() -> None:
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(torch.randn(4, 3, 9, 9))
+
+    class NoLength:
+        def __iter__(self) -> Iterator[Tensor]:
+            return iter(images(3))
+
+        def __len__(self) -> int:
+            raise NotImplementedError
+
+    for batches, count in ((torch.utils.data.DataLoader(Endless(), batch_size=2), 2), (NoLength(), 3)):
+        twin, _ = swap(trained(Residual()), everything())
+        assert calibrate(twin, batches).batches == count
+
+
 # Weights alone
 
 

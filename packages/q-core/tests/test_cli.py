@@ -146,6 +146,9 @@ def test_command_quantizes_reports_and_packs(
     assert after["metric"] == "top1_percent"
     assert after["samples"] == 40
     assert after["settings"]["edge_bits"] == 6
+    # The defaults of the method are in the row as well.
+    assert after["settings"]["observer"] == "MSEObserver"
+    assert after["settings"]["weight_granularity"] == "PerChannel(axis=0)"
     assert after["settings"]["calibration_samples"] == 16
     assert after["settings"]["bytes_on_disk"] == (out / "model.safetensors").stat().st_size
     assert any(part.startswith("act (PReLU)") for part in after["stays_float"])
@@ -164,6 +167,7 @@ def test_command_quantizes_reports_and_packs(
     assert after["value"] == 100 * correct / samples
 
     report = (out / "report.html").read_text()
+    assert "PerChannel(axis=0)" in report
     assert "my_net.py:net on my_net.py:data" in report
     assert not any(word in report for word in ("http:", "https:", "src=", "<script", "<link"))
 

@@ -25,7 +25,12 @@ from q_core import (
     UniformGrid,
 )
 
-pytestmark = pytest.mark.compile
+pytestmark = [
+    pytest.mark.compile,
+    # Both are torch's own: Dynamo when it traces any autograd.Function, Inductor when it is imported.
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning"),
+]
 
 EXACT = {"rtol": 0, "atol": 0}
 # One scale per tensor, per channel of a weight and of an activation, per group, per block.
@@ -213,17 +218,18 @@ def test_a_model_calibrated_by_any_observer_is_one_graph(name):
 
 
 def test_a_quantized_network_runs_through_inductor():
-    model = _swapped(MinMaxObserver, q_core.PerTensor())
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(140, 5)).eval()
+    weight, activation = Recipe(QuantSpec.signed(4, granularity=q_core.PerChannel(0))), Recipe(QuantSpec.unsigned(4))
+    model, _ = q_core.swap(net, [Rule(".*", weight=weight, input=activation)])
     x = torch.randn(2, 3, 5, 7)
     q_core.calibrate(model, [x], progress=False)
     with torch.no_grad():
         expected, actual = model(x), torch.compile(model, fullgraph=True)(x)
-    # A fused kernel may round an activation to the neighbouring code where the exact one lies within a rounding of a
-    # tie. One code of the head's input is a scale; it is averaged over 35 pixels and weighed by at most the largest
-    # weight.
-    code = float(model.join.input_quantizer.grid.scale) / 35 + float(model.head.input_quantizer.grid.scale)
-    largest = float(model.head.weight.detach().abs().max())
-    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=code * largest)
+    # Inductor may sum a convolution in another order. Of 280 sums one lies within a rounding of a tie, some 1e-6 of 15
+    # codes, once in 200 seeds; it then moves by one code of the linear layer's input.
+    flip = float(model[3].input_quantizer.grid.scale) * float(model[3].weight.detach().abs().max())
+    # Beyond that, 140 products below 16 * 16 units, in another order: 140 roundings of float32.
+    torch.testing.assert_close(actual, expected, rtol=140 * 6e-8, atol=flip)
 
 
 @pytest.mark.parametrize("name", ["conv", "linear"])

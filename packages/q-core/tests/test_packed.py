@@ -344,10 +344,15 @@ def test_bits_per_weight_of_float_layers_are_those_of_their_dtype() -> None:
 
 
 def test_tied_weights_are_counted_once() -> None:
-    model = nearest(Tied(), [torch.randn(4, 6)]).model
-    # 36 weights of 8 bits in 9 words and 6 scales: (288 + 192) / 36.
-    assert bits_per_weight(pack(model)) == pytest.approx(480 / 36)
-    assert bits_per_weight(Tied()) == 32
+    model = nn.Sequential(Tied(), nn.Linear(6, 4))
+    rules = [Rule(r"0\..*", Recipe(QuantSpec.signed(8))), Rule("1", Recipe(QuantSpec.signed(4)))]
+    twin, _ = swap(model, rules)
+    calibrate(twin, [])
+    # 36 weights of 8 bits in 9 words and a scale, 24 of 4 bits in 3 words and a scale: (9 + 1 + 3 + 1) * 32 / 60.
+    assert bits_per_weight(pack(twin)) == pytest.approx(14 * 32 / 60)
+    twin[1].to(torch.bfloat16)
+    # Not packed: 36 weights of 32 bits and 24 of 16.
+    assert bits_per_weight(twin) == pytest.approx((36 * 32 + 24 * 16) / 60)
 
 
 def test_a_model_without_weights_has_no_bits_per_weight() -> None:

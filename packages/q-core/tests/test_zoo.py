@@ -4,6 +4,7 @@ import pathlib
 
 import pytest
 import torch
+
 from q_core import MinMaxObserver, bits_per_weight, load_packed, nearest, pack, save_packed
 
 pytestmark = pytest.mark.zoo

@@ -121,7 +121,6 @@ def calibrate(
     activations = [slot for slot in found if slot.parameter is None]
     run = _Run(model, activations, forward, on_nonfinite, on_reuse)
     with _together(found):
-        length = operator.length_hint(batches) or None
         stream = _nonempty(batches) if activations else iter(())
     with ExitStack() as undo:
         undo.callback(_put_back, [(slot, copy.deepcopy(slot.observer.state_dict())) for slot in found])
@@ -130,7 +129,7 @@ def calibrate(
             for slot in parameters:
                 slot.put(nn.Identity())
             with evaluation(model):
-                count, skipped = run.observe(stream, length, progress) if activations else (0, [])
+                count, skipped = run.observe(stream, _length(batches), progress) if activations else (0, [])
         count = _merge(activations, count)
         made, dead = _make_quantizers(found)
         widened = _widen_for_bias(found, made)
@@ -232,6 +231,14 @@ def _nonempty(batches: Iterable[Any]) -> Iterator[Any]:
         yield from iterator
 
     return chain()
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    """Return the number of batches if it is known; only the progress bar wants it, so no failure matters."""
+    try:
+        return operator.length_hint(batches) or None
+    except Exception:
+        return None
 
 
 @contextmanager

@@ -6,6 +6,7 @@ The command `q-quantize` and the quickstart differ in where model and images com
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
 import sys
@@ -205,7 +206,7 @@ def _measure(job: Job, configuration: Configuration, folder: Path, say: Say) -> 
         bits_per_weight=bits_per_weight(reloaded),
         size=path.stat().st_size,
         seconds=seconds,
-        options={key: _plain(value) for key, value in configuration.options.items()},
+        options={key: _plain(value) for key, value in _effective(configuration).items()},
     )
     return line, quantized
 
@@ -307,6 +308,17 @@ def _file_name(job: Job, configuration: Configuration) -> str:
     if len(job.configurations) == 1:
         return "model.safetensors"
     return f"{configuration.name}-{configuration.bits}.safetensors"
+
+
+def _effective(configuration: Configuration) -> dict[str, Any]:
+    """The options of a method as it ran, with its own defaults: a row must not depend on what the defaults become."""
+    defaults = {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(configuration.method).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
+    }
+    elsewhere = ("weight_bits", "activation_bits", "progress")
+    return {key: value for key, value in {**defaults, **configuration.options}.items() if key not in elsewhere}
 
 
 def _plain(value: Any) -> Any:

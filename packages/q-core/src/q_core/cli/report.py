@@ -131,7 +131,7 @@ def render(rows: Sequence[AccuracyRow], table: Sequence[TableRow], views: Sequen
         "<h2>What stays float</h2>",
         _stays_float(rows[1:]),
         "<h2>How to reproduce</h2>",
-        _reproduce(first),
+        _reproduce(rows),
     ]
     return _PAGE.format(title=_text(title), style=_CSS, body="\n".join(body))
 
@@ -224,16 +224,23 @@ def _stays_float(rows: Sequence[AccuracyRow]) -> str:
         items = "".join(f"<li>{_text(part)}</li>" for part in parts)
         is_open = " open" if len(parts) <= _SHOWN_LAYERS else ""
         blocks.append(
-            f"<details{is_open}><summary>{_text(', '.join(names))}: {len(parts)}</summary><ul>{items}</ul></details>"
+            f"<details{is_open}><summary>{_text(', '.join(names))}: {len(parts)} entries</summary>"
+            f"<ul>{items}</ul></details>"
         )
     return "\n".join(blocks)
 
 
-def _reproduce(row: AccuracyRow) -> str:
+def _reproduce(rows: Sequence[AccuracyRow]) -> str:
+    row = rows[0]
+    settings: dict[str, list[str]] = {}
+    for name, value in (item for row in rows for item in row.settings.items() if item[0] not in MEASURED):
+        known = settings.setdefault(name, [])
+        if str(value) not in known:
+            known.append(str(value))
     facts = [
         ("SHA-256 of the float weights", row.checkpoint_sha256),
         ("commit", row.commit or "not run from a checkout"),
-        *((name, value) for name, value in row.settings.items() if name not in MEASURED),
+        *((name, "; ".join(values)) for name, values in settings.items()),
     ]
     lines = "".join(f"<tr><th>{_text(name)}</th><td><code>{_text(value)}</code></td></tr>" for name, value in facts)
     return f"<pre><code>{_text(row.command)}</code></pre><table>{lines}</table>"
