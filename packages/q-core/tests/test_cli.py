@@ -480,6 +480,7 @@ def test_torchvision_model_on_folders_of_images(tmp_path: Path, capsys: pytest.C
     assert row["network"] == "resnet18"
     assert row["samples"] == 8
     assert "resize 72, centre crop 64" in row["settings"]["transform"]
+    assert "2 classes" in row["settings"]["transform"]
     assert torchvision.__version__.startswith(row["versions"]["torchvision"])
     assert (tmp_path / "out" / "report.html").stat().st_size < 3e6
     for change, message in (

@@ -146,9 +146,12 @@ def function_images(source: str, preparation: Preparation) -> Images:
 def folder_images(calibration: Path, evaluation: Path, preparation: Preparation) -> Images:
     """Read images from folders with one subfolder per class, prepared as for ImageNet.
 
+    The label of an evaluation image is the position of its subfolder in alphabetical order, so the folder must hold
+    every class of the network. Calibration needs no labels, and its folder may hold fewer.
+
     Raises:
         MatchError: A folder is absent.
-        DataError: A folder holds no image, or the two have different classes.
+        DataError: A folder holds no image.
         BackendError: torchvision is absent.
     """
     torchvision = _torchvision()
@@ -173,7 +176,7 @@ def folder_images(calibration: Path, evaluation: Path, preparation: Preparation)
 
     train, test = read(calibration, "--calib"), read(evaluation, "--eval")
     text = f"resize {preparation.resize}, centre crop {preparation.crop}, mean {mean}, std {std}"
-    return _images(evaluation.name, train, test, preparation, text)
+    return _images(evaluation.name, train, test, preparation, f"{text}, {len(test.classes)} classes")
 
 
 def cifar_images(name: str, folder: Path, download: bool, preparation: Preparation) -> Images:
