@@ -19,7 +19,8 @@ nox.options.sessions = ["lint", "contracts", "types", "tests", "compile", "docs"
 ROOT = pathlib.Path(__file__).parent
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
 CONSTRAINTS = ["-c", "constraints/ci.txt"]
-TEST_TOOLS = ["pytest>=8", "hypothesis>=6.100", "beartype>=0.20"]
+DEV_TOOLS = ["nox[uv]", "ruff==0.17.6", "mypy", "import-linter", "scikit-learn", "hatch", "towncrier"]
+TEST_TOOLS = ["pytest>=8.3", "hypothesis>=6.100", "beartype>=0.20"]
 
 # uv does not read pip's setting, so a machine that keeps wheels on disk for pip keeps them for uv too.
 if "PIP_FIND_LINKS" in os.environ:
@@ -121,7 +122,9 @@ def build(session: nox.Session) -> None:
 def minimums(session: nox.Session, package: str) -> None:
     """Test one package against the lowest versions it declares."""
     editable = [part for name in dependencies(package) for part in ("-e", f"packages/{name}")]
-    session.run_install("uv", "pip", "install", "--resolution", "lowest-direct", *editable, *TEST_TOOLS)
+    session.run_install("uv", "pip", "install", "--resolution", "lowest-direct", *editable)
+    # The tools of the tests are no dependency of the package, so they are as new as they come.
+    session.run_install("uv", "pip", "install", "--upgrade-package", "pytest", *TEST_TOOLS)
     session.run("pytest", f"packages/{package}/tests", "-m", "not compile and not zoo", *session.posargs)
 
 
@@ -137,9 +140,10 @@ def dev(session: nox.Session) -> None:
     """Make .venv with every package editable and every tool."""
     venv = ROOT / ".venv"
     session.run("python", "-m", "venv", str(venv))
-    editable = [part for name in PACKAGES for part in ("-e", f"packages/{name}")]
+    extras = {"q-core": "[cli]"}
+    editable = [part for name in PACKAGES for part in ("-e", f"packages/{name}{extras.get(name, '')}")]
     pip = [str(venv / "bin" / "pip"), "install", "-q", *CONSTRAINTS]
-    session.run(*pip, *editable, *TEST_TOOLS, "nox[uv]", "ruff", "mypy", external=True)
+    session.run(*pip, *editable, *TEST_TOOLS, *DEV_TOOLS, external=True)
     session.log(f"activate it with: source {venv.relative_to(ROOT)}/bin/activate")
 
 

@@ -165,7 +165,10 @@ def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             slot.put(made[id(slot.observer)])
         _check_state(model.state_dict(), state)
         undo.pop_all()
-    model.load_state_dict(_copies(model, state), strict=True, assign=True)
+    # A state that torch made carries the version of each module's layout, which some modules insist on.
+    complete = model.state_dict()
+    complete.update(_copies(model, state))
+    model.load_state_dict(complete, strict=True, assign=True)
 
 
 def _copies(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

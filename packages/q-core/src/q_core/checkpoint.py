@@ -168,7 +168,11 @@ def _assign(model: nn.Module, tensors: dict[str, Tensor], aliases: dict[str, str
         if name in named:
             tensor = named[name]
             named[name] = made.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=parameter.requires_grad))
-    model.load_state_dict(named, strict=True, assign=True)
+    # A state that torch made carries the version of each module's layout, which some modules insist on.
+    state = model.state_dict()
+    state.clear()
+    state.update(named)
+    model.load_state_dict(state, strict=True, assign=True)
 
 
 def write_atomically(target: Path, write: Any) -> None:

@@ -82,6 +82,7 @@ def nearest(
     weight_observer: Callable[..., Observer] | None = None,
     weight_granularity: Granularity = PerChannel(0),
     progress: bool = True,
+    **calibration: Any,
 ) -> Quantized:
     """Quantize a model by rounding to the nearest level.
 
@@ -98,6 +99,7 @@ def nearest(
         weight_observer: Makes the observers of weights; `observer` when None.
         weight_granularity: Which weights share a scale.
         progress: Whether to show a progress bar.
+        **calibration: Further options of `calibrate`, such as `on_nonfinite` and `on_reuse`.
 
     Returns:
         The quantized model and the reports.
@@ -124,7 +126,7 @@ def nearest(
 
     rules = edge_rules(folded, weight=weight_recipe, input=input_recipe, bits=(weight_bits, activation_bits, edge_bits))
     twin, report = swap(folded, rules)
-    return Quantized(twin, report, calibrate(twin, batches, progress=progress))
+    return Quantized(twin, report, calibrate(twin, batches, progress=progress, **calibration))
 
 
 def first_batch(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
