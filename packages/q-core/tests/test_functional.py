@@ -15,7 +15,7 @@ from q_core import (
     scale_gradient,
     straight_through,
 )
-from q_core.functional import broadcast_scale, from_tiles, to_tiles
+from q_core.functional import broadcast_scale, closed_clamp, from_tiles, to_tiles
 
 EXACT = {"rtol": 0, "atol": 0}
 seeds = st.integers(0, 2**31)
@@ -60,6 +60,35 @@ def test_steps_round_forward_and_pass_the_gradient(function, expected):
     torch.testing.assert_close(y, expected(x), **EXACT)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(gradient, torch.ones(6), **EXACT)
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+def test_the_ends_of_a_closed_range_are_inside(tensors):
+    """torch.clamp changed its mind about the ends in 2.14, and half of all codes of one bit lie there."""
+    low, high = (torch.tensor([-1.0]), torch.tensor([2.0])) if tensors else (-1, 2)
+    x = torch.tensor([-3.0, -1.0, 0.5, 2.0, 2.5, torch.inf], requires_grad=True)
+    y = closed_clamp(x, low, high)
+    torch.testing.assert_close(y, torch.tensor([-1.0, -1.0, 0.5, 2.0, 2.0, 2.0]), **EXACT)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(gradient, torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 0.0]), **EXACT)
+    assert bool(closed_clamp(torch.tensor([torch.nan]), low, high).isnan())
+
+
+def test_the_ends_of_a_closed_range_get_the_gradient_of_what_lies_beyond():
+    """As a learnable zero point needs it, which moves both ends."""
+    x = torch.tensor([[-3.0, 0.5], [7.0, 8.0]])
+    low, high = torch.tensor([[-1.0], [0.0]], requires_grad=True), torch.tensor([3.0], requires_grad=True)
+    upstream = torch.tensor([[2.0, 3.0], [5.0, 7.0]])
+    (closed_clamp(x, low, high) * upstream).sum().backward()
+    torch.testing.assert_close(low.grad, torch.tensor([[2.0], [0.0]]), **EXACT)
+    torch.testing.assert_close(high.grad, torch.tensor([12.0]), **EXACT)
+
+
+@pytest.mark.parametrize("bounds", [(-1, 1), (torch.full((1,), -1.0), torch.ones(1))], ids=["numbers", "tensors"])
+def test_a_closed_clamp_works_under_vmap(bounds):
+    x = torch.randn(3, 5)
+    result = torch.vmap(lambda row: closed_clamp(row, *bounds))(x)
+    torch.testing.assert_close(result, x.clamp(-1, 1), **EXACT)
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.125, 1.0, -3.0])

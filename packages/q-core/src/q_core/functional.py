@@ -68,6 +68,53 @@ def floor_ste(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return straight_through(torch.floor(x), x)
 
 
+class _ClosedClamp(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, low: Tensor | int, high: Tensor | int) -> Tensor:
+        return torch.clamp(x, low, high)  # type: ignore[arg-type]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Any, Any], output: Tensor) -> None:
+        x, low, high = inputs
+        tensors = isinstance(low, Tensor)
+        ctx.save_for_backward(x, *((low, high) if tensors else ()))
+        ctx.bounds = None if tensors else (low, high)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x, *tensors = ctx.saved_tensors
+        low, high = tensors or ctx.bounds
+        below, above = x < low, x > high
+        to_low = grad.masked_fill(~below, 0).sum_to_size(low.shape) if ctx.needs_input_grad[1] else None
+        to_high = grad.masked_fill(~above, 0).sum_to_size(high.shape) if ctx.needs_input_grad[2] else None
+        return grad.masked_fill(below | above, 0), to_low, to_high
+
+
+def closed_clamp(
+    x: Float[Tensor, "*shape"], low: Float[Tensor, "..."] | int, high: Float[Tensor, "..."] | int
+) -> Float[Tensor, "*shape"]:
+    """Clamp to a closed range: what lies on an end is inside.
+
+    `torch.clamp` is no substitute. Up to torch 2.13 its derivative at an end is 1, from 2.14 on it is 0 or 1/2; and
+    after rounding, half a cell of the reals lies exactly on an end.
+
+    Args:
+        x: Any tensor.
+        low: Lower end; a tensor broadcasts to `x`.
+        high: Upper end, a tensor exactly if `low` is one.
+
+    Returns:
+        A tensor of the shape of `x`.
+
+    Gradient:
+        To `x`: 1 inside the closed range, 0 outside. To an end: 1 from what lies beyond it.
+    """
+    result: Tensor = _ClosedClamp.apply(x, low, high)  # type: ignore[no-untyped-call]
+    return result
+
+
 def scale_gradient(x: Float[Tensor, "*shape"], factor: float) -> Float[Tensor, "*shape"]:
     """Return `x` unchanged and multiply its gradient by `factor`.
 
@@ -225,9 +272,9 @@ def quantize(
     shape = tuple(x.shape)
     coordinate = x / broadcast_scale(scale, shape)
     if zero_point is None:
-        return rounding(coordinate.clamp(qmin, qmax)).clamp(qmin, qmax)
+        return closed_clamp(rounding(closed_clamp(coordinate, qmin, qmax)), qmin, qmax)
     zero = broadcast_scale(zero_point, shape)
-    return (rounding(coordinate.clamp(qmin - zero, qmax - zero)) + zero).clamp(qmin, qmax)
+    return closed_clamp(rounding(closed_clamp(coordinate, qmin - zero, qmax - zero)) + zero, qmin, qmax)
 
 
 def dequantize(

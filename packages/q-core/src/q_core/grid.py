@@ -276,7 +276,7 @@ class CodebookGrid(Grid):
         rows = functional.to_tiles(x, self.tile_shape)
         rows = rows.to(torch.promote_types(x.dtype, table.dtype))
         table = table.to(rows.dtype)
-        inner = rows.clamp(table[:, :1], table[:, -1:])
+        inner = functional.closed_clamp(rows, table[:, :1], table[:, -1:])
         found = torch.searchsorted(table, inner.detach().contiguous(), right=True)
         cell = (found - 1).clamp(0, table.shape[1] - 2)
         left, right = table.gather(1, cell), table.gather(1, cell + 1)
@@ -286,7 +286,7 @@ class CodebookGrid(Grid):
     def _round(self, cells: _Cells, rounding: Rounding) -> Tensor:
         coordinate = cells.cell - cells.zero + cells.fraction
         rounded: Tensor = rounding(coordinate)
-        return (rounded + cells.zero).clamp(0, self.qmax - self.qmin)
+        return functional.closed_clamp(rounded + cells.zero, 0, self.qmax - self.qmin)
 
     @property
     def tile_shape(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 _FLOOR = -120  # 2**-120 is far below any activation, and its inverse is still finite in float32
-_CHUNK = 1 << 16  # elements handled at once: with their 64-bit indices they stay in the cache of one core
+_CHUNK = 1 << 17  # elements handled at once: with their 64-bit indices they stay in the cache of one core
 _LANES = 8  # parts that a single row is cut into, so that several threads can count it
 
 
