@@ -258,3 +258,30 @@ def test_a_first_batch_that_calibrate_would_not_understand_is_refused() -> None:
     for batches, complaint in (([], "holds no batch"), ([3], "batch of type int"), ([()], "batch of type tuple")):
         with pytest.raises(DataError, match=complaint):
             first_batch(batches)
+
+
+class ReadsTheWeight(torch.nn.Module):
+    """An attention-like block that reads the weight of a layer without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(6, 6)
+        self.read = torch.nn.Linear(6, 6)
+        self.last = torch.nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.nn.functional.linear(self.first(x), self.read.weight, self.read.bias))
+
+
+def test_a_layer_that_is_read_but_not_called_stays_float_and_is_reported() -> None:
+    result = nearest(ReadsTheWeight(), [torch.randn(8, 6)], weight_bits=4, activation_bits=4, progress=False)
+    assert [layer.path for layer in result.swap.swapped] == ["first", "last"]
+    assert [(layer.path, layer.reason) for layer in result.swap.stays_float] == [
+        ("read", "the first batch does not call it")
+    ]
+
+
+def test_nearest_hands_on_the_options_of_calibrate() -> None:
+    batches = [torch.randn(8, 6), torch.full((8, 6), torch.nan)]
+    result = nearest(ReadsTheWeight(), batches, on_nonfinite="skip", progress=False)
+    assert result.calibration.skipped == (1,)

@@ -34,7 +34,8 @@ from q_core.packing import pack_codes, unpack_codes
 from q_core.quantizer import Quantizer
 from q_core.rounding import NearestEven, NearestTowardZero, Rounding, Stochastic
 from q_core.spec import Granularity, PerBlock, PerChannel, PerGroup, PerTensor, QuantSpec
-from q_core.swap import FloatLayer, Recipe, Rule, SwappedLayer, SwapReport, fold_batchnorm, swap
+from q_core.swap import FloatLayer, Recipe, Rule, SwappedLayer, SwapReport, swap
+from q_core.trace import fold_batchnorm
 
 try:
     __version__ = _metadata.version("q-core")

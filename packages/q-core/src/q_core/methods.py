@@ -7,7 +7,7 @@ command `q-quantize` finds it. A method in another package needs no change here.
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,8 @@ from q_core.calibrate import CalibrationReport, calibrate, feed
 from q_core.errors import DataError, MatchError
 from q_core.observer import MSEObserver, Observer
 from q_core.spec import Granularity, PerChannel, PerTensor, QuantSpec
-from q_core.swap import Recipe, Rule, SwapReport, fold_batchnorm, swap, swappable
+from q_core.swap import Recipe, Rule, SwapReport, swap, swappable
+from q_core.trace import fold_batchnorm, idle
 
 FLOAT_BITS = 32
 
@@ -43,6 +44,7 @@ def edge_rules(
     weight: Callable[[int], Recipe | None],
     input: Callable[[int], Recipe | None],
     bits: tuple[int, int, int],
+    skip: Sequence[str] = (),
 ) -> list[Rule]:
     """Write rules that give the first and the last layer bits of their own.
 
@@ -53,12 +55,13 @@ def edge_rules(
         weight: Makes the recipe of a weight from its bits.
         input: Makes the recipe of an activation from its bits.
         bits: Bits of the weights and of the activations of the inner layers, and of both in the first and last layer.
+        skip: Paths of layers that stay float because they do not run, see `q_core.trace.idle`.
 
     Raises:
         MatchError: The model has no layer that can be swapped.
         SpecError: Bits that `weight` or `input` refuses.
     """
-    paths = swappable(model)
+    paths = {path: module for path, module in swappable(model).items() if path not in skip}
     weighted = [path for path, module in paths.items() if isinstance(module, (nn.Conv2d, nn.Linear))]
     if not weighted:
         raise MatchError(f"a {type(model).__name__} has no convolution or linear layer that can be quantized")
@@ -68,6 +71,8 @@ def edge_rules(
     weight(edge), input(edge)
     edges = dict.fromkeys([weighted[0], weighted[-1]])
     rules = [Rule("|".join(map(re.escape, edges)), weight(max(edge, inner_weight)), input(max(edge, inner_input)))]
+    if skip:
+        rules.insert(0, Rule("|".join(map(re.escape, skip)), reason="the first batch does not call it"))
     return [*rules, inner] if len(paths) > len(edges) else rules
 
 
@@ -87,7 +92,8 @@ def nearest(
     """Quantize a model by rounding to the nearest level.
 
     Folds batch norms, gives weights a symmetric signed grid and layer inputs an unsigned grid with a zero point per
-    tensor, and calibrates. 32 bits mean float.
+    tensor, and calibrates. 32 bits mean float. Layers that the first batch does not call stay float, and the
+    report says so.
 
     Args:
         model: The float model. Not changed.
@@ -124,7 +130,8 @@ def nearest(
             None if bits == FLOAT_BITS else Recipe(QuantSpec.unsigned(bits, granularity=PerTensor()), observer=observer)
         )
 
-    rules = edge_rules(folded, weight=weight_recipe, input=input_recipe, bits=(weight_bits, activation_bits, edge_bits))
+    bits = (weight_bits, activation_bits, edge_bits)
+    rules = edge_rules(folded, weight=weight_recipe, input=input_recipe, bits=bits, skip=idle(folded, example))
     twin, report = swap(folded, rules)
     return Quantized(twin, report, calibrate(twin, batches, progress=progress, **calibration))
 

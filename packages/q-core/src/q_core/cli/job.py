@@ -28,7 +28,7 @@ from q_core.cli.rows import TOP1, AccuracyRow, Environment, environment, float_p
 from q_core.errors import DataError, QuantizationError, SpecError, StateError
 from q_core.methods import FLOAT_BITS, Quantized, first_batch
 from q_core.packed import bits_per_weight, pack
-from q_core.swap import fold_batchnorm
+from q_core.trace import fold_batchnorm
 
 Say = Callable[[str], None]
 """Shows one line to the user."""
