@@ -477,6 +477,31 @@ def test_another_architecture_is_refused_and_the_difference_said(
         load_packed(path, skeleton)
 
 
+def convolutions(**geometry: Any) -> nn.Sequential:
+    torch.manual_seed(0)
+    options = {"padding": 1} | geometry
+    return nn.Sequential(nn.Conv2d(2, 3, 3, **options), nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("skeleton", "complaint"),
+    [
+        (convolutions(stride=2), r"0 is a convolution .*stride=\[2, 2\].* written with .*stride=\[1, 1\]"),
+        (convolutions(padding=2, dilation=2), r"0 is a convolution .*dilation=\[2, 2\]"),
+        (convolutions(padding_mode="circular"), r"0 is a convolution .*padding_mode=circular"),
+        (nn.Sequential(*convolutions()[:2], nn.Tanh(), convolutions()[3]), "2 is Tanh, the file was written with ReLU"),
+        (nn.Sequential(convolutions()[0], nn.Tanh(), *convolutions()[2:]), "1 is Tanh, where the file has a folded"),
+        (nn.Sequential(*convolutions(), nn.Softmax(1)), "4 is Softmax, the file was written with absent"),
+    ],
+    ids=["stride", "dilation", "padding mode", "activation", "no norm", "one more"],
+)
+def test_what_no_tensor_shows_is_compared_too(skeleton: nn.Module, complaint: str, path: pathlib.Path) -> None:
+    save_packed(pack(nearest(convolutions(), [torch.randn(2, 2, 6, 6)], progress=False).model), path)
+    load_packed(path, convolutions())
+    with untouched(skeleton), pytest.raises(FormatError, match=rf"(?s)does not fit a Sequential: .*{complaint}"):
+        load_packed(path, skeleton)
+
+
 # Atomic writing
 
 

@@ -285,3 +285,10 @@ def test_nearest_hands_on_the_options_of_calibrate() -> None:
     batches = [torch.randn(8, 6), torch.full((8, 6), torch.nan)]
     result = nearest(ReadsTheWeight(), batches, on_nonfinite="skip", progress=False)
     assert result.calibration.skipped == (1,)
+
+
+def test_thirty_two_bits_everywhere_is_the_float_network() -> None:
+    model, batch = ReadsTheWeight(), torch.randn(8, 6)
+    result = nearest(model, [batch], weight_bits=32, activation_bits=32, progress=False)
+    assert torch.equal(result.model(batch), model(batch))
+    assert len(result.swap.stays_float) == 3

@@ -72,6 +72,7 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         "swapped": [name for name, module in modules if isinstance(module, (QuantConv2d, QuantLinear))],
         "identities": [name for name, module in modules if isinstance(module, nn.Identity) and not _is_slot(name)],
         "aliases": aliases,
+        "structure": _structure(model),
     }
     header = {"version": VERSION, "sha256": _digest(tensors, description), "description": description}
     # One entry: safetensors writes several in random order, and the same model must give the same bytes.
@@ -93,12 +94,15 @@ def load_packed(path: str | os.PathLike[str], skeleton: nn.Module) -> nn.Module:
         The packed model, in evaluation mode, with the outputs of the one that was saved.
 
     Raises:
-        FormatError: The file is not of this format or version, is damaged, or does not fit the skeleton.
+        FormatError: The file is not of this format or version, is damaged, or was made from a model of another
+            architecture: other shapes, geometries or types of layers.
+        OSError: The file cannot be opened; `FileNotFoundError` where there is none.
     """
     tensors, description = _read(Path(path))
     try:
         model = _rebuild(share(skeleton), description)
         _assign(model, tensors, description["aliases"])
+        _check_structure(description["structure"], _structure(model))
     except (QuantizationError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise FormatError(
             f"{path} does not fit a {type(skeleton).__name__}: {error}; pass a model of the architecture that was "
@@ -121,6 +125,9 @@ def _rebuild(model: nn.Module, description: dict[str, Any]) -> nn.Module:
             if isinstance(child, (Observer, Quantizer)):
                 setattr(module, slot, nn.Identity())
     for name in description["identities"]:
+        folded = model.get_submodule(name)
+        if not isinstance(folded, (nn.Identity, nn.BatchNorm1d, nn.BatchNorm2d)):
+            raise FormatError(f"{name} is {type(folded).__name__}, where the file has a folded batch norm or nothing")
         replace_submodule(model, name, nn.Identity())
     new: dict[int, nn.Module] = {}
     loaded: dict[str, PackedTensor] = {}
@@ -141,6 +148,36 @@ def _rebuild(model: nn.Module, description: dict[str, Any]) -> nn.Module:
             raise FormatError(f"{name} rounds with an unknown {entry['rounding']!r}")
         replace_submodule(model, name, Quantizer(_read_grid(entry["grid"]), rounding()))
     return model
+
+
+def _structure(model: nn.Module) -> dict[str, Any]:
+    """Describe what the tensors do not tell: the type of every leaf, and the geometry of every convolution."""
+    structure: dict[str, Any] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Conv2d):
+            arguments = layers.conv_arguments(module)
+            # Through JSON a tuple comes back as a list. A fold adds the bias, whose tensor speaks for itself.
+            structure[path] = {key: _plain(value) for key, value in arguments.items() if key != "bias"}
+        elif not any(module.children()):
+            structure[path] = type(module).__name__
+    return structure
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_structure(saved: dict[str, Any], given: dict[str, Any]) -> None:
+    for path in sorted(saved.keys() | given.keys()):
+        if saved.get(path) != given.get(path):
+            here, there = _show(given.get(path)), _show(saved.get(path))
+            raise FormatError(f"{path or 'the model itself'} is {here}, the file was written with {there}")
+
+
+def _show(entry: Any) -> str:
+    if isinstance(entry, dict):
+        return "a convolution with " + ", ".join(f"{key}={value}" for key, value in entry.items())
+    return "absent" if entry is None else str(entry)
 
 
 def _check_shape(name: str, layer: nn.Module, entry: dict[str, Any]) -> None:

@@ -133,6 +133,8 @@ def nearest(
     bits = (weight_bits, activation_bits, edge_bits)
     rules = edge_rules(folded, weight=weight_recipe, input=input_recipe, bits=bits, skip=idle(folded, example))
     twin, report = swap(folded, rules)
+    if not report.swapped:  # all bits are 32
+        return Quantized(twin, report, CalibrationReport(0, (), {}, (), {}))
     return Quantized(twin, report, calibrate(twin, batches, progress=progress, **calibration))
 
 

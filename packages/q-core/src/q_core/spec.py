@@ -187,6 +187,6 @@ class QuantSpec:
 
 
 def _checked_bits(bits: int) -> int:
-    if not isinstance(bits, int) or not 1 <= bits <= MAX_BITS:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= MAX_BITS:
         raise SpecError(f"bits={bits!r}: supported are 1 to {MAX_BITS}; leave the slot empty to keep it float")
     return bits
