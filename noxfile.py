@@ -7,7 +7,7 @@ import os
 import pathlib
 import shutil
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import nox
 
@@ -19,7 +19,11 @@ nox.options.sessions = ["lint", "contracts", "types", "tests", "compile", "docs"
 ROOT = pathlib.Path(__file__).parent
 PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.toml"))
 CONSTRAINTS = ["-c", "constraints/ci.txt"]
+# What the optional parts of a package need; every session but the minimal ones installs it.
+EXTRAS = {"q-core": "[cli]", "q-kernels": "[cpu]"}
 DEV_TOOLS = ["nox[uv]", "ruff==0.17.6", "mypy", "import-linter", "scikit-learn", "hatch", "towncrier"]
+# Only what the session installed can be imported, so that an import of a sibling that is not declared fails.
+INSTALLED_ONLY = ["-o", "pythonpath=benchmarks"]
 TEST_TOOLS = ["pytest>=8.3", "hypothesis>=6.100", "beartype>=0.20"]
 
 # uv does not read pip's setting, so a machine that keeps wheels on disk for pip keeps them for uv too.
@@ -38,11 +42,16 @@ def dependencies(package: str) -> list[str]:
     return [*siblings, package]
 
 
-def install(session: nox.Session, *packages: str, tools: Sequence[str] = (), extras: str = "") -> None:
+def editable(*packages: str, extras: Mapping[str, str] = EXTRAS) -> list[str]:
+    """Arguments that install packages from the tree."""
+    return [part for name in packages for part in ("-e", f"packages/{name}{extras.get(name, '')}")]
+
+
+def install(session: nox.Session, *packages: str, tools: Sequence[str] = ()) -> None:
     """Install packages editable with the siblings they declare, in one command, so that none is sought elsewhere."""
     names = dict.fromkeys(name for package in packages for name in dependencies(package))
-    editable = [part for name in names for part in ("-e", f"packages/{name}{extras if name in packages else ''}")]
-    session.install(*CONSTRAINTS, *editable, *tools)
+    extras = {name: EXTRAS[name] for name in packages if name in EXTRAS}
+    session.install(*CONSTRAINTS, *editable(*names, extras=extras), *tools)
     session.log(f"installed {', '.join(names)} with the declared dependencies only")
 
 
@@ -50,11 +59,10 @@ def install(session: nox.Session, *packages: str, tools: Sequence[str] = (), ext
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def tests(session: nox.Session, package: str) -> None:
     """Test one package, installed with only the siblings it declares."""
-    extras = "[cli]" if package == "q-core" else ""
-    install(session, package, tools=[*TEST_TOOLS, *(["scikit-learn>=1.5"] if extras else [])], extras=extras)
+    install(session, package, tools=[*TEST_TOOLS, *(["scikit-learn>=1.5"] if package == "q-core" else [])])
     hook = f"--jaxtyping-packages={module(package)},beartype.beartype"
     arguments = session.posargs or ["-m", "not compile and not zoo"]
-    session.run("pytest", f"packages/{package}/tests", hook, *arguments)
+    session.run("pytest", f"packages/{package}/tests", hook, *INSTALLED_ONLY, *arguments)
 
 
 @nox.session(name="compile")
@@ -82,15 +90,14 @@ def contracts(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Check types strictly."""
-    install(session, *PACKAGES, tools=["mypy>=1.15"], extras="[cli]")
+    install(session, *PACKAGES, tools=["mypy>=1.15"])
     session.run("mypy")
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """Build the site, failing on any warning, after checking its tables and running its snippets."""
-    extras = "[cli]"
-    install(session, *PACKAGES, extras=extras, tools=["mkdocs<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"])
+    install(session, *PACKAGES, tools=["mkdocs<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.29"])
     # mkdocstrings lets ruff lay out the signatures.
     session.install(*CONSTRAINTS, "sybil>=9", "scikit-learn>=1.5", "ruff==0.17.6", *TEST_TOOLS)
     session.run("python", "benchmarks/tables.py", "--check")
@@ -121,17 +128,20 @@ def build(session: nox.Session) -> None:
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def minimums(session: nox.Session, package: str) -> None:
     """Test one package against the lowest versions it declares."""
-    editable = [part for name in dependencies(package) for part in ("-e", f"packages/{name}")]
-    session.run_install("uv", "pip", "install", "--resolution", "lowest-direct", *editable)
+    extras = {name: extra for name, extra in EXTRAS.items() if name != "q-core"}
+    lowest = ("--resolution", "lowest-direct")
+    session.run_install("uv", "pip", "install", *lowest, *editable(*dependencies(package), extras=extras))
     # The tools of the tests are no dependency of the package, so they are as new as they come.
     session.run_install("uv", "pip", "install", "--upgrade-package", "pytest", *TEST_TOOLS)
-    session.run("pytest", f"packages/{package}/tests", "-m", "not compile and not zoo", *session.posargs)
+    session.run(
+        "pytest", f"packages/{package}/tests", *INSTALLED_ONLY, "-m", "not compile and not zoo", *session.posargs
+    )
 
 
 @nox.session
 def quickstart(session: nox.Session) -> None:
     """Run the main job: train a small ResNet on real digits, quantize it, report."""
-    install(session, *PACKAGES, extras="[cli]", tools=["scikit-learn>=1.5"])
+    install(session, *PACKAGES, tools=["scikit-learn>=1.5"])
     session.run("python", "benchmarks/quickstart/digits.py", "--out", "out/quickstart", *session.posargs)
 
 
@@ -140,34 +150,31 @@ def dev(session: nox.Session) -> None:
     """Make .venv with every package editable and every tool."""
     venv = ROOT / ".venv"
     session.run("python", "-m", "venv", str(venv))
-    extras = {"q-core": "[cli]"}
-    editable = [part for name in PACKAGES for part in ("-e", f"packages/{name}{extras.get(name, '')}")]
     pip = [str(venv / "bin" / "pip"), "install", "-q", *CONSTRAINTS]
-    session.run(*pip, *editable, *TEST_TOOLS, *DEV_TOOLS, external=True)
+    session.run(*pip, *editable(*PACKAGES), *TEST_TOOLS, *DEV_TOOLS, external=True)
     session.log(f"activate it with: source {venv.relative_to(ROOT)}/bin/activate")
 
 
-def install_torchvision(session: nox.Session, *packages: str, tools: Sequence[str] = (), extras: str = "") -> None:
+def install_torchvision(session: nox.Session, *packages: str, tools: Sequence[str] = ()) -> None:
     """Install packages beside the ordinary pair torch and torchvision, whose compiled parts fit each other.
 
     pip, not uv: it is the resolver that a user's machine is set up for, down to its cache of large wheels.
     """
     session.run("python", "-m", "ensurepip", "--upgrade", silent=True)
-    editable = [part for name in packages for part in ("-e", f"packages/{name}{extras}")]
-    session.run("python", "-m", "pip", "install", "-q", "torch", "torchvision", *editable, *tools)
+    session.run("python", "-m", "pip", "install", "-q", "torch", "torchvision", *editable(*packages), *tools)
 
 
 @nox.session
 def zoo(session: nox.Session) -> None:
     """Run torchvision's models through the whole pipeline."""
-    install_torchvision(session, *PACKAGES, tools=[*TEST_TOOLS, "scikit-learn>=1.5"], extras="[cli]")
+    install_torchvision(session, *PACKAGES, tools=[*TEST_TOOLS, "scikit-learn>=1.5"])
     session.run("pytest", "packages", "-m", "zoo", *session.posargs)
 
 
 @nox.session
 def accuracy(session: nox.Session) -> None:
     """Measure accuracy on real images: `nox -s accuracy -- --data DIR`."""
-    install(session, *PACKAGES, tools=["pillow>=10"], extras="[cli]")
+    install(session, *PACKAGES, tools=["pillow>=10"])
     if "--data" not in session.posargs:
         session.error("say where the images and networks are: nox -s accuracy -- --data DIR")
     session.run("python", "benchmarks/accuracy/ptq.py", *session.posargs)

@@ -19,6 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "reference" / "results.md"
 BITS = ("W8A8", "W6A6", "W4A4", "W3A3", "W2A4")
 EMPTY = "No rows yet."
+ADDER = "adder-"  # what the benchmarks of adder layers are called begins so
 
 Row = dict[str, Any]
 
@@ -115,6 +116,7 @@ def section(dataset: str, network: str, rows: list[Row]) -> str:
 def speed() -> str:
     """One table of all comparisons."""
     rows = read("speed", lambda row: (row["benchmark"], row["case"], row["peer"], row["threads"], row["device"]))
+    rows = [row for row in rows if not row["benchmark"].startswith(ADDER)]
     if not rows:
         return EMPTY
     lines = [
@@ -132,6 +134,103 @@ def speed() -> str:
     ]
     head = ["benchmark", "case", "ours (s)", "peer", "peer (s)", "ratio", "spread", "threads"]
     return "\n\n".join([table(head, lines, left=2), f"Commit: {commits(rows)}.", machine(rows)])
+
+
+def adder_speed() -> str:
+    """Goals first, then one table for each kind of measurement."""
+    rows = [row for row in read("speed", adder_cell) if row["benchmark"].startswith(ADDER)]
+    if not rows:
+        return EMPTY
+    chosen = [row for row in rows if row["chosen"]]
+
+    def across(benchmark: str, first: str, value: Callable[[Row], str]) -> str:
+        """One line for each case, our party and number of threads; the peers across."""
+        some = [row for row in chosen if row["benchmark"] == benchmark]
+        peers = list(dict.fromkeys(row["peer"] for row in some))
+        lines: dict[tuple[Any, ...], list[str]] = {}
+        for row in some:
+            key = (row["case"], row["ours"], row["threads"])
+            if key not in lines:
+                lines[key] = [row["case"], row["ours"], row["kernel"], str(row["threads"]), value(row)]
+                lines[key] += [""] * len(peers)
+            lines[key][5 + peers.index(row["peer"])] = factor(row)
+        head = [first, "ours", "kernel", "threads", "memory" if benchmark.endswith("memory") else "time"]
+        return table([*head, *(f"vs {peer}" for peer in peers)], list(lines.values()), left=3)
+
+    def milliseconds(row: Row) -> str:
+        return f"{1e3 * row['ours_seconds']:.3g} ms"
+
+    parts = [
+        goals(chosen),
+        "#### Forward in float32",
+        across("adder-forward", "layer", milliseconds),
+        "#### Forward on integer codes",
+        across("adder-codes", "layer", milliseconds),
+        "#### Deployed layer, from floats to floats",
+        across("adder-layer", "layer", milliseconds),
+        "#### Kernels on integer codes, asked for by name",
+        kernels([row for row in rows if not row["chosen"]]),
+        "#### Training",
+        across("adder-step", "network", milliseconds),
+        across("adder-memory", "network", lambda row: f"{row['ours_bytes'] / 2**20:.0f} MiB"),
+        f"Commit: {commits(rows)}.",
+        machine(rows),
+    ]
+    return "\n\n".join(parts)
+
+
+def adder_cell(row: Row) -> tuple[Any, ...]:
+    # Which kernel is chosen may change; a kernel that was asked for by name is a cell of its own.
+    kernel = row.get("kernel") if not row.get("chosen") else None
+    return (*(row.get(name) for name in ("benchmark", "case", "ours", "peer", "threads", "device")), kernel)
+
+
+def factor(row: Row) -> str:
+    """How many times as fast as the peer, with the spread of the rounds; of memory how many times as much."""
+    if row["benchmark"].endswith("memory"):
+        return f"{row['ratio']:.3g}"
+    low, high = sorted(1 / value for value in row["spread"])
+    return f"{1 / row['ratio']:.3g} ({low:.3g} to {high:.3g})"
+
+
+def goals(rows: list[Row]) -> str:
+    """One line for each goal: what it asks for, and the measurements that are nearest to missing it."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["target"] is not None:
+            groups.setdefault((row["benchmark"], row["ours"], row["peer"], row["target"]), []).append(row)
+    lines = []
+    for (benchmark, ours, peer, target), group in groups.items():
+        ordered = sorted(group, key=lambda row: row["ratio"], reverse=True)
+        missed = [
+            f"{row['case']}, {row['threads']} threads: {1 / row['ratio']:.3g}" for row in ordered if not row["met"]
+        ]
+        memory = benchmark.endswith("memory")
+        asked = f"at most {target:.3g} times the memory" if memory else f"{1 / target:.3g} times as fast or more"
+        ends = [ordered[0]["ratio"], ordered[-1]["ratio"]]
+        found = shown_range(ends if memory else [1 / value for value in ends])
+        kind = benchmark.removeprefix(ADDER)
+        lines.append(
+            [ours if ours == f"training {kind}" else f"{ours}, {kind}", peer, asked, found, "; ".join(missed) or "none"]
+        )
+    return table(["ours", "peer", "goal", "measured", "missed by"], lines, left=5)
+
+
+def shown_range(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+
+
+def kernels(rows: list[Row]) -> str:
+    """Pairs (tap, position, output) a second in thousand millions; the kernels across."""
+    names = list(dict.fromkeys(row["kernel"] for row in rows))
+    lines: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        key = (row["case"], row["ours"], row["threads"])
+        line = lines.setdefault(key, [row["case"], row["ours"], str(row["threads"]), *[""] * len(names)])
+        line[3 + names.index(row["kernel"])] = f"{row['pairs'] / row['ours_seconds'] / 1e9:.0f}"
+    rates = table(["layer", "codes", "threads", *names], list(lines.values()), left=2)
+    return f"In 10⁹ absolute differences a second, all threads together.\n\n{rates}"
 
 
 def shown(value: Any) -> str:
@@ -162,7 +261,7 @@ def table(head: list[str], lines: list[list[str]], *, left: int) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
 
 
-BLOCKS = {"accuracy": accuracy, "speed": speed}
+BLOCKS = {"accuracy": accuracy, "speed": speed, "adder-speed": adder_speed}
 
 if __name__ == "__main__":
     main()

@@ -6,23 +6,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad, relu
 
+from q_adder import AdderConv2d, AdderLearningRate, adder_weights
 from q_core import QuantAdd
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions around a shortcut, which is a 1x1 convolution where the shape changes."""
+    """Two 3x3 layers around a shortcut, which is a 1x1 layer where the shape changes."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, conv: Callable[..., nn.Module]) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = conv(inputs, outputs, 3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.conv2 = conv(outputs, outputs, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
-            )
+            self.shortcut = nn.Sequential(conv(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
         # A module, so that the addition can be quantized too.
         self.add = QuantAdd()
 
@@ -33,15 +32,20 @@ class Block(nn.Module):
 
 
 class DigitsResNet(nn.Module):
-    """A stem, three stages of one block each, average pooling and a linear layer: 75 thousand weights."""
+    """A stem, three stages of one block each, average pooling and a linear layer: 75 thousand weights.
 
-    def __init__(self, widths: tuple[int, int, int] = (16, 32, 64), classes: int = 10) -> None:
+    `conv` makes the layers of the blocks: convolutions, or adder layers with `q_adder.AdderConv2d`.
+    """
+
+    def __init__(
+        self, widths: tuple[int, int, int] = (16, 32, 64), classes: int = 10, conv: Callable[..., nn.Module] = nn.Conv2d
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(1, widths[0], 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(widths[0])
-        self.stage1 = Block(widths[0], widths[0], 1)
-        self.stage2 = Block(widths[0], widths[1], 2)
-        self.stage3 = Block(widths[1], widths[2], 2)
+        self.stage1 = Block(widths[0], widths[0], 1, conv)
+        self.stage2 = Block(widths[0], widths[1], 2, conv)
+        self.stage3 = Block(widths[1], widths[2], 2, conv)
         self.fc = nn.Linear(widths[2], classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,13 +72,25 @@ def load(seed: int, held_out: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor,
 
 
 def train(
-    model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed: int, say: Callable[[str], None]
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    seed: int,
+    say: Callable[[str], None],
+    weight_decay: float = 5e-4,
 ) -> None:
-    """Train with shifts by up to one pixel, momentum and a one-cycle learning rate; leave it in evaluation mode."""
+    """Train with shifts by up to one pixel, momentum and a one-cycle learning rate; leave it in evaluation mode.
+
+    Adder layers follow the rule of their own for the length of a gradient.
+    """
     generator = torch.Generator().manual_seed(seed)
     batch = 64
     steps = epochs * -(-len(images) // batch)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    if any(isinstance(module, AdderConv2d) for module in model.modules()):
+        AdderLearningRate(optimizer, adder_weights(model))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=steps, pct_start=0.2)
     model.train()
     for epoch in range(epochs):

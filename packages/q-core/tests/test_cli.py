@@ -415,7 +415,33 @@ def test_a_reloaded_model_with_other_logits_is_an_error(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_method_whose_layers_cannot_be_compared_still_gets_a_report(tmp_path: Path) -> None:
+def test_several_jobs_share_a_table_and_a_report(tmp_path: Path) -> None:
+    lines: list[str] = []
+    configurations = tuple(Configuration("nearest", q_core.nearest, bits, bits) for bits in (8, 4))
+    jobs = [job(), job(network="wide", dataset="sound", configurations=configurations)]
+    rows = run(jobs, tmp_path, say=lines.append)
+    assert [row.network for row in rows] == ["net", "net", "wide", "wide", "wide"]
+    assert [row["network"] for row in json.loads((tmp_path / "results.json").read_text())] == [r.network for r in rows]
+    for name in ("net-model", "wide-nearest-W8A8", "wide-nearest-W4A4"):
+        assert (tmp_path / f"{name}.safetensors").exists()
+    report = (tmp_path / "report.html").read_text()
+    assert "net and wide on noise and sound, quantized" in report
+    assert "Error of each layer: wide nearest W4A4" in report
+    assert "Error of each layer: net nearest W8A8" in report
+    assert report.count("<td>wide</td>") == 3
+    assert "<h3>net</h3>" in report
+    table = next(line for line in lines if line.startswith("network")).splitlines()
+    assert [line.split()[:3] for line in table[1:3]] == [["net", "float", "W32A32"], ["net", "nearest", "W8A8"]]
+    assert len({line.index("W") for line in table[1:]}) == 1
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_jobs_must_be_of_different_networks(tmp_path: Path, count: int) -> None:
+    with pytest.raises(q_core.SpecError, match="net, net" if count else "no network"):
+        run([job()] * count, tmp_path, say=lambda _: None)
+
+
+def test_a_method_that_renames_layers_is_refused(tmp_path: Path) -> None:
     def renamed(model: nn.Module, batches: object, **bits: int) -> q_core.Quantized:
         return q_core.nearest(nn.Sequential(model), batches, **bits)
 
@@ -427,6 +453,8 @@ def test_a_method_whose_layers_cannot_be_compared_still_gets_a_report(tmp_path: 
     with pytest.raises(q_core.FormatError, match="does not fit"):
         run(job(model=Outer(*inner), configurations=(configuration,)), tmp_path, say=lambda _: None)
 
+
+def test_a_method_that_keeps_batch_norms_is_compared_with_the_model_that_has_them(tmp_path: Path) -> None:
     def unfolded(model: nn.Module, batches: object, **_: object) -> q_core.Quantized:
         recipe = q_core.Recipe(q_core.QuantSpec.signed(4))
         twin, report = q_core.swap(model, [q_core.Rule(".*", weight=recipe)])
@@ -435,8 +463,8 @@ def test_a_method_whose_layers_cannot_be_compared_still_gets_a_report(tmp_path: 
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(27, 3)).eval()
     run(job(model=model, configurations=(Configuration("unfolded", unfolded, 4, 32),)), tmp_path, say=lambda _: None)
     report = (tmp_path / "report.html").read_text()
-    assert "not measured: 1 batch norms are in only one of the models" in report
-    assert "4 layers" not in report
+    assert "not measured" not in report
+    assert "Error of each layer: unfolded W4A32" in report
 
 
 def test_data_that_can_be_read_only_once_are_refused() -> None:

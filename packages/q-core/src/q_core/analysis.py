@@ -8,6 +8,7 @@ are there to hold them.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,11 +24,29 @@ from q_core.calibrate import evaluation, feed
 from q_core.errors import MatchError, StateError
 from q_core.grid import Grid
 from q_core.observer import Observer
+from q_core.packed import packed_form, stored
 from q_core.quantizer import Quantizer
 
 Feed = Callable[[nn.Module, Any], Any]
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+"""Batch norms, which a method may fold into the layers before them."""
+
+Entering = tuple[str, Tensor, Tensor]
+"""A name such as `"weight"`, the values that enter a quantizer, and its levels in ascending order."""
+
+
+@functools.singledispatch
+def entering(layer: nn.Module, x: Tensor) -> list[Entering]:
+    """Return what enters the quantizers of a layer of another package that has no slots, for input values x, flattened.
+
+    A package with quantized layers of its own registers a function for each of their types, and `distributions` finds
+    them.
+    """
+    return []
+
+
+_NOTHING_ENTERS = entering.dispatch(object)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +96,7 @@ class Distribution:
 def compare(
     float_model: nn.Module, quantized_model: nn.Module, batch: Any, *, forward: Feed = feed
 ) -> list[LayerError]:
-    """Measure the local and the accumulated error of every layer with slots.
+    """Measure the local and the accumulated error of every layer with slots, or with a packed form of its own.
 
     Runs each model once in evaluation mode, with hooks that are removed and modes that are restored. Memory is that of
     the outputs of these layers for one batch.
@@ -104,7 +123,7 @@ def compare(
     probes = [
         _Probe(path, _counterpart(float_model, path), module)
         for path, module in quantized_model.named_modules()
-        if next(layers.slots(module), None) is not None
+        if _is_quantized(module)
     ]
     order: list[_Probe] = []
     with evaluation(float_model), evaluation(quantized_model):
@@ -143,22 +162,43 @@ def distributions(
             if isinstance(child, Quantizer) and id(child) not in quantizers:
                 quantizers[id(child)] = child
                 owners[id(child)] = (path, name.removesuffix(layers.SLOT_SUFFIX), parameter is not None)
+    own = {
+        id(module): (path, module)
+        for path, module in quantized_model.named_modules()
+        if entering.dispatch(type(module)) is not _NOTHING_ENTERS
+    }
     seen: dict[int, list[Tensor]] = {}
 
     def record(quantizer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         # A parameter is the same at every call, and counts once even if two layers share it.
-        is_parameter = owners[id(quantizer)][2]
+        is_parameter = id(quantizer) in owners and owners[id(quantizer)][2]
         if not is_parameter or id(quantizer) not in seen:
             seen.setdefault(id(quantizer), []).append(inputs[0].detach().clone())
 
-    with (
-        evaluation(quantized_model),
-        _hooks(quantizer.register_forward_pre_hook(record) for quantizer in quantizers.values()),
-    ):
+    watched = [*quantizers.values(), *(module for _, module in own.values())]
+    with evaluation(quantized_model), _hooks(module.register_forward_pre_hook(record) for module in watched):
         forward(quantized_model, batch)
     if not seen:
         raise StateError(f"no quantizer of the {type(quantized_model).__name__} ran: swap and calibrate it first")
-    return [_distribution(*owners[key][:2], quantizers[key].grid, parts, bins) for key, parts in seen.items()]
+    found: list[Distribution] = []
+    for key, parts in seen.items():
+        if key in own:
+            path, layer = own[key]
+            entries = entering(layer, torch.cat([part.flatten() for part in parts]))
+            found += [_histogram(path, name, _wide(x), _wide(levels), bins) for name, x, levels in entries]
+        else:
+            found.append(_distribution(*owners[key][:2], quantizers[key].grid, parts, bins))
+    return found
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    own = any(of.dispatch(type(module)) is not of.dispatch(object) for of in (packed_form, stored))
+    return own or next(layers.slots(module), None) is not None
+
+
+def _wide(values: Tensor) -> Tensor:
+    """One row of float64."""
+    return values.detach().to("cpu", torch.float64).reshape(1, -1)
 
 
 @dataclasses.dataclass
@@ -231,7 +271,11 @@ class _Probe:
 def _distribution(path: str, tensor: str, grid: Grid, parts: list[Tensor], bins: int) -> Distribution:
     rows = torch.cat([functional.to_tiles(part, grid.tile_shape) for part in parts], dim=1).to("cpu", torch.float64)
     levels = grid.levels().detach().to("cpu", torch.float64)
-    levels = levels.reshape(-1, levels.shape[-1])
+    return _histogram(path, tensor, rows, levels.reshape(-1, levels.shape[-1]), bins)
+
+
+def _histogram(path: str, tensor: str, rows: Tensor, levels: Tensor, bins: int) -> Distribution:
+    """Count values [tiles, n] that are held by levels [tiles, levels]."""
     first, last = levels[:, :1], levels[:, -1:]
     # A real within half a cell of an outermost level is rounded to it like any other.
     beyond = (rows < first - (levels[:, 1:2] - first) / 2) | (rows > last + (last - levels[:, -2:-1]) / 2)
@@ -265,7 +309,7 @@ def _require_calibrated(model: nn.Module) -> None:
 
 def _require_same_norms(float_model: nn.Module, quantized_model: nn.Module) -> None:
     left, right = (
-        {path for path, module in model.named_modules() if isinstance(module, _NORMS)}
+        {path for path, module in model.named_modules() if isinstance(module, NORMS)}
         for model in (float_model, quantized_model)
     )
     if left != right:

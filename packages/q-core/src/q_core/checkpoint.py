@@ -5,6 +5,7 @@ the ties between tensors, and a SHA-256 of the contents. No code is stored and n
 is not stored either: it comes from the skeleton that the reader is given.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -24,14 +25,34 @@ from q_core.functional import check_tiling
 from q_core.grid import CodebookGrid, Grid, UniformGrid
 from q_core.layers import QuantConv2d, QuantLinear
 from q_core.observer import Observer
-from q_core.packed import PackedTensor, pack_layer
+from q_core.packed import PackedTensor, pack_layer, packed_form
 from q_core.packing import packed_words
 from q_core.quantizer import Quantizer
 from q_core.rounding import NearestEven, NearestTowardZero, Rounding, Stochastic
 from q_core.swap import DEFAULT_LAYERS, replace_modules, replace_submodule, share
 
 FORMAT, VERSION = "q-pack", 1
+_NO_FORM = packed_form.dispatch(object)
 _ROUNDINGS: tuple[type[Rounding], ...] = (NearestEven, NearestTowardZero, Stochastic)
+
+
+@functools.singledispatch
+def describe(module: nn.Module) -> dict[str, Any] | None:
+    """Return what the tensors do not tell of a packed module of another package, as plain values, or None."""
+    return None
+
+
+@functools.singledispatch
+def rebuild(layer: nn.Module, entry: dict[str, Any]) -> nn.Module:
+    """Return the packed form of a layer of the skeleton, without its tensors, from what `describe` said of it.
+
+    Raises:
+        FormatError: The type of the layer has no such form, or the entry does not fit it.
+    """
+    raise FormatError(
+        f"a {type(layer).__name__} has no packed form of its own: import the package of the method that packed the "
+        "file, and pass the float model"
+    )
 
 
 def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -62,7 +83,9 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
                 "grid": _describe_grid(module.grid),
                 "rounding": _describe_rounding(name, module.rounding),
             }
-    if not packed and not quantizers:
+    named = model.named_modules(remove_duplicate=False)
+    own = {name: entry for name, module in named if (entry := describe(module)) is not None}
+    if not packed and not quantizers and not own:
         raise StateError("nothing in the model is packed: call pack() before save_packed()")
     tensors, aliases = _unique(model.state_dict(keep_vars=True))
     modules = list(model.named_modules(remove_duplicate=False))
@@ -74,6 +97,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         "aliases": aliases,
         "structure": _structure(model),
     }
+    if own:
+        description["own"] = own
     header = {"version": VERSION, "sha256": _digest(tensors, description), "description": description}
     # One entry: safetensors writes several in random order, and the same model must give the same bytes.
     metadata = {FORMAT: json.dumps(header, sort_keys=True)}
@@ -114,7 +139,7 @@ def load_packed(path: str | os.PathLike[str], skeleton: nn.Module) -> nn.Module:
 def _check_packed(model: nn.Module) -> None:
     for path, module in model.named_modules():
         quantized = isinstance(module, (QuantConv2d, QuantLinear)) and isinstance(module.weight_quantizer, Quantizer)
-        if quantized or isinstance(module, Observer):
+        if quantized or isinstance(module, Observer) or packed_form.dispatch(type(module)) is not _NO_FORM:
             raise StateError(f"{path or 'the model'} holds a {type(module).__name__}: call pack() before save_packed()")
 
 
@@ -138,6 +163,10 @@ def _rebuild(model: nn.Module, description: dict[str, Any]) -> nn.Module:
         words = f"{name}.words"
         weight = loaded.setdefault(description["aliases"].get(words, words), _read_packed(entry))
         new.setdefault(id(layer), pack_layer(layer, weight, nn.Identity()))
+    for name, entry in description.get("own", {}).items():
+        layer = model.get_submodule(name)
+        if id(layer) not in new:
+            new[id(layer)] = rebuild(layer, entry)
     for name in description["swapped"]:
         layer = model.get_submodule(name)
         new.setdefault(id(layer), DEFAULT_LAYERS[type(layer)](layer))

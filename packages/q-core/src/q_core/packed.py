@@ -5,6 +5,7 @@ and whose activation quantizers are frozen. Every tensor is dense and of a nativ
 The packed layers here compute in plain torch and define what a faster kernel must equal.
 """
 
+import functools
 import math
 from typing import TypeVar, final
 
@@ -119,6 +120,22 @@ class PackedLinear(nn.Linear):
         return nn.functional.linear(self.input_quantizer(input), self.packed_weight(input.dtype), self.bias)
 
 
+@functools.singledispatch
+def packed_form(module: nn.Module) -> nn.Module | None:
+    """Return the deployment form of a quantized module of another package, or None if it has none.
+
+    A package with quantized layers of its own registers a function for each of their types; see also `stored` and, in
+    `q_core.checkpoint`, `describe` and `rebuild`.
+    """
+    return None
+
+
+@functools.singledispatch
+def stored(module: nn.Module) -> tuple[int, int] | None:
+    """Return the stored bits of a packed module of another package and its number of weights, or None."""
+    return None
+
+
 PackedLayer = PackedConv2d | PackedLinear
 _PackedLayer = TypeVar("_PackedLayer", PackedConv2d, PackedLinear)
 
@@ -154,6 +171,8 @@ def pack(model: nn.Module) -> nn.Module:
             if key not in tensors:
                 tensors[key] = PackedTensor.from_quantizer(module.weight, module.weight_quantizer)
             replaced[id(module)] = pack_layer(module, tensors[key], module.input_quantizer)
+        elif (form := packed_form(module)) is not None:
+            replaced[id(module)] = form
     return replace_modules(twin, replaced)
 
 
@@ -181,10 +200,12 @@ def bits_per_weight(model: nn.Module) -> float:
     Raises:
         StateError: The model has no convolution or linear layer.
     """
-    stored = weights = 0
+    total = weights = 0
     seen: set[int] = set()
     for module in model.modules():
-        if isinstance(module, (PackedConv2d, PackedLinear)):
+        if (own := stored(module)) is not None:
+            (size, count), key = own, id(module)
+        elif isinstance(module, (PackedConv2d, PackedLinear)):
             tensor = module.packed_weight
             size, count, key = tensor.stored_bits(), math.prod(tensor.shape), id(tensor)
         elif isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -197,10 +218,10 @@ def bits_per_weight(model: nn.Module) -> float:
             continue
         if key not in seen:
             seen.add(key)
-            stored, weights = stored + size, weights + count
+            total, weights = total + size, weights + count
     if not weights:
         raise StateError("the model has no convolution or linear layer to count")
-    return stored / weights
+    return total / weights
 
 
 def _is_channels_last(tensor: Tensor) -> bool:

@@ -12,7 +12,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from q_core.analysis import Distribution, LayerError, compare, distributions
+from q_core.analysis import NORMS, Distribution, LayerError, compare, distributions
 from q_core.calibrate import evaluation, feed
 from q_core.checkpoint import load_packed, save_packed
-from q_core.cli.report import MEASURED, LayerView, TableRow, render
+from q_core.cli.report import MEASURED, Chapter, LayerView, TableRow, render_chapters
 from q_core.cli.rows import TOP1, AccuracyRow, Environment, environment, float_parts, state_sha256
 from q_core.errors import DataError, QuantizationError, SpecError, StateError
 from q_core.methods import FLOAT_BITS, Quantized, first_batch
@@ -105,54 +105,65 @@ class Job:
             raise SpecError("a job of 0 configurations: give at least one")
 
 
-def run(job: Job, out: str | os.PathLike[str], *, say: Say = say) -> list[AccuracyRow]:
+def run(job: Job | Sequence[Job], out: str | os.PathLike[str], *, say: Say = say) -> list[AccuracyRow]:
     """Quantize, measure, pack, reload and report.
 
     Every packed model is written, loaded again, and evaluated on all images beside the model it was packed from; their
     logits must be equal bit for bit.
 
     Args:
-        job: What to do.
+        job: What to do; several jobs, each of another network, share one table and one report.
         out: Folder of the results: `results.json`, a list of rows, the float model first; `report.html`; and
-            `model.safetensors`, or one `<method>-<bits>.safetensors` per configuration when there are several. Its
-            files change only after everything has succeeded.
+            `model.safetensors`, or one `<method>-<bits>.safetensors` per configuration when there are several, after
+            the name of the network when there are several jobs. Its files change only after everything has succeeded.
         say: Shows one line to the user.
 
     Returns:
-        The rows, the float model first.
+        The rows, those of a job together, its float model first.
 
     Raises:
         DataError: There are no images, or a batch is not `(images, labels)`.
+        SpecError: There is no job, or two jobs are of one network.
         StateError: The reloaded model has other logits than the packed one.
         QuantizationError: As the methods; the note names the configuration.
     """
-    place = environment(job.packages)
-    checkpoint = state_sha256(job.model)
+    jobs = (job,) if isinstance(job, Job) else tuple(job)
+    names = [one.network for one in jobs]
+    if not jobs or len(set(names)) < len(names):
+        raise SpecError(f"jobs of {', '.join(names) or 'no network'}: give at least one, each of a network of its own")
     with _staged(Path(out)) as folder:
-        correct, samples = accuracy(job.model, job.evaluation)
-        say(f"{'float':<16}evaluated {job.network} on {samples} images of {job.dataset}: {_percent(correct, samples)}")
-        table = [_float_line(job, correct, samples)]
-        results = [_row(job, place, checkpoint, table[0], None, samples)]
-        views: list[LayerView] = []
-        for configuration in job.configurations:
-            try:
-                line, quantized = _measure(job, configuration, folder, say)
-            except QuantizationError as error:
-                error.add_note(f"in {configuration.name} {configuration.bits}")
-                raise
-            table.append(line)
-            results.append(_row(job, place, checkpoint, line, quantized, samples))
-            if configuration in _analysed(job):
-                views.append(_view(job, configuration, quantized))
-                say(f"{'':16}compared each layer with its float counterpart")
+        chapters = [_chapter(one, folder, f"{one.network}-" if len(jobs) > 1 else "", say) for one in jobs]
+        results = [row for chapter in chapters for row in chapter.rows]
         (folder / "results.json").write_text(
             json.dumps([dataclasses.asdict(row) for row in results], indent=1, allow_nan=False) + "\n", encoding="utf-8"
         )
-        (folder / "report.html").write_text(render(results, table, views), encoding="utf-8")
+        (folder / "report.html").write_text(render_chapters(chapters), encoding="utf-8")
         written = sorted(path.name for path in folder.iterdir())
-    say(_tabulate(table))
+    say(_tabulate(chapters))
     say(f"wrote {', '.join(written)} to {out}")
     return results
+
+
+def _chapter(job: Job, folder: Path, prefix: str, say: Say) -> Chapter:
+    place = environment(job.packages)
+    checkpoint = state_sha256(job.model)
+    correct, samples = accuracy(job.model, job.evaluation)
+    say(f"{'float':<16}evaluated {job.network} on {samples} images of {job.dataset}: {_percent(correct, samples)}")
+    table = [_float_line(job, correct, samples)]
+    rows = [_row(job, place, checkpoint, table[0], None, samples)]
+    views: list[LayerView] = []
+    for configuration in job.configurations:
+        try:
+            line, quantized = _measure(job, configuration, folder / f"{prefix}{_file_name(job, configuration)}", say)
+        except QuantizationError as error:
+            error.add_note(f"in {configuration.name} {configuration.bits}")
+            raise
+        table.append(line)
+        rows.append(_row(job, place, checkpoint, line, quantized, samples))
+        if configuration in _analysed(job):
+            views.append(_view(job, configuration, quantized))
+            say(f"{'':16}compared each layer with its float counterpart")
+    return Chapter(rows, table, views)
 
 
 def accuracy(model: nn.Module, batches: Iterable[Any]) -> tuple[int, int]:
@@ -176,7 +187,7 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> tuple[int, int]:
     return correct, samples
 
 
-def _measure(job: Job, configuration: Configuration, folder: Path, say: Say) -> tuple[TableRow, Quantized]:
+def _measure(job: Job, configuration: Configuration, file: Path, say: Say) -> tuple[TableRow, Quantized]:
     label = f"{configuration.name} {configuration.bits}"
     torch.manual_seed(job.seed)
     start = time.perf_counter()
@@ -189,11 +200,11 @@ def _measure(job: Job, configuration: Configuration, folder: Path, say: Say) -> 
     )
     seconds = time.perf_counter() - start
     seen = quantized.calibration
-    say(f"{label:<16}swapped {len(quantized.swap.swapped)} layers, calibrated with {seen.batches} batches")
+    say(f"{label:<15} swapped {len(quantized.swap.swapped)} layers, calibrated with {seen.batches} batches")
     for what, found in (("saw only zero in", seen.dead), ("widened the scale of", seen.widened)):
         if found:
             say(f"{'':16}{what} {', '.join(found)}")
-    path = save_packed(pack(quantized.model), folder / _file_name(job, configuration))
+    path = save_packed(pack(quantized.model), file)
     reloaded = load_packed(path, job.model)
     correct, samples = _same_logits(quantized.model, reloaded, job.evaluation, path.name)
     say(f"{'':16}packed to {path.stat().st_size:,} bytes, reloaded: the same logits on {samples} images, bit for bit")
@@ -293,7 +304,7 @@ def _view(job: Job, configuration: Configuration, quantized: Quantized) -> Layer
     histograms: list[Distribution] = []
     errors_problem = histograms_problem = ""
     try:
-        errors = compare(fold_batchnorm(job.model, example), quantized.model, images)
+        errors = compare(_counterpart(job.model, quantized.model, example), quantized.model, images)
     except QuantizationError as error:
         errors_problem = str(error)
     try:
@@ -302,6 +313,14 @@ def _view(job: Job, configuration: Configuration, quantized: Quantized) -> Layer
         histograms_problem = str(error)
     name = f"{configuration.name} {configuration.bits}"
     return LayerView(name, errors, histograms, errors_problem, histograms_problem)
+
+
+def _counterpart(model: nn.Module, quantized: nn.Module, example: Any) -> nn.Module:
+    """Return the float model that a quantized one is compared with: some methods fold batch norms, some keep them."""
+    norms = [
+        {path for path, module in each.named_modules() if isinstance(module, NORMS)} for each in (model, quantized)
+    ]
+    return model if norms[0] == norms[1] else fold_batchnorm(model, example)
 
 
 def _file_name(job: Job, configuration: Configuration) -> str:
@@ -332,14 +351,18 @@ def _percent(correct: int, samples: int) -> str:
     return f"{correct} of {samples} correct, {100 * correct / samples:.2f} %"
 
 
-def _tabulate(table: list[TableRow]) -> str:
-    head = f"{'method':<12}{'bits':<8}{'accuracy':>10}{'bits/weight':>13}{'bytes':>13}{'seconds':>9}"
+def _tabulate(chapters: Sequence[Chapter]) -> str:
+    width = max(len(chapter.rows[0].network) for chapter in chapters) + 2 if len(chapters) > 1 else 0
+    name = max(12, *(len(row.method) + 2 for chapter in chapters for row in chapter.table))
+    head = f"{'method':<{name}}{'bits':<8}{'accuracy':>10}{'bits/weight':>13}{'bytes':>13}{'seconds':>9}"
     lines = [
-        f"{row.method:<12}{row.bits:<8}{row.accuracy:>8.2f} %{row.bits_per_weight:>13.2f}{row.size:>13,}"
+        f"{chapter.rows[0].network if width else '':<{width}}"
+        f"{row.method:<{name}}{row.bits:<8}{row.accuracy:>8.2f} %{row.bits_per_weight:>13.2f}{row.size:>13,}"
         f"{'' if row.seconds is None else format(row.seconds, '.1f'):>9}"
-        for row in table
+        for chapter in chapters
+        for row in chapter.table
     ]
-    return "\n".join([head, *lines])
+    return "\n".join([f"{'network' if width else '':<{width}}{head}", *lines])
 
 
 @contextlib.contextmanager

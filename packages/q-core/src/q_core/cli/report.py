@@ -1,4 +1,4 @@
-"""One HTML file that shows what quantization did to a network.
+"""One HTML file that shows what quantization did to a network, or to several.
 
 The file needs nothing beside itself: figures and style are inline, and no address outside is named. Whatever comes
 from the user, down to the names of layers, is escaped.
@@ -107,8 +107,23 @@ class LayerView:
     distributions_problem: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Chapter:
+    """What the report says of one network.
+
+    Attributes:
+        rows: The evidence, the float model first.
+        table: The table, a line per row.
+        views: The configurations to look into.
+    """
+
+    rows: Sequence[AccuracyRow]
+    table: Sequence[TableRow]
+    views: Sequence[LayerView]
+
+
 def render(rows: Sequence[AccuracyRow], table: Sequence[TableRow], views: Sequence[LayerView]) -> str:
-    """Write the report.
+    """Write the report of one network.
 
     Args:
         rows: The evidence, the float model first.
@@ -118,47 +133,75 @@ def render(rows: Sequence[AccuracyRow], table: Sequence[TableRow], views: Sequen
     Returns:
         A complete HTML document.
     """
-    first = rows[0]
-    title = f"{first.network} on {first.dataset}, quantized"
-    versions = ", ".join(f"{name} {version}" for name, version in first.versions.items())
-    facts = f"{first.samples:,} images · seed {first.seed} · {first.date} · {first.device} · {versions}"
+    return render_chapters([Chapter(rows, table, views)])
+
+
+def render_chapters(chapters: Sequence[Chapter]) -> str:
+    """Write the report of one network or several.
+
+    Args:
+        chapters: One per network, at least one.
+
+    Returns:
+        A complete HTML document.
+    """
+    several = len(chapters) > 1
+    views = [
+        dataclasses.replace(view, name=f"{chapter.rows[0].network} {view.name}") if several else view
+        for chapter in chapters
+        for view in chapter.views
+    ]
+    networks = " and ".join(dict.fromkeys(chapter.rows[0].network for chapter in chapters))
+    datasets = " and ".join(dict.fromkeys(chapter.rows[0].dataset for chapter in chapters))
+    title = f"{networks} on {datasets}, quantized"
     body = [
-        f"<h1>{_text(title)}</h1><p class='facts'>{_text(facts)}</p>",
+        f"<h1>{_text(title)}</h1>",
+        *dict.fromkeys(f"<p class='facts'>{_text(_facts(chapter.rows[0], several))}</p>" for chapter in chapters),
         "<h2>Accuracy</h2>",
-        _accuracy_table(table),
+        _accuracy_table(chapters),
         *(_errors(view) for view in views),
         *(_histograms(view) for view in views),
         "<h2>What stays float</h2>",
-        _stays_float(rows[1:]),
+        _stays_float([row for chapter in chapters for row in chapter.rows[1:]], several),
         "<h2>How to reproduce</h2>",
-        _reproduce(rows),
+        *(_reproduce(chapter.rows, several) for chapter in chapters),
     ]
     return _PAGE.format(title=_text(title), style=_CSS, body="\n".join(body))
+
+
+def _facts(row: AccuracyRow, several: bool) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in row.versions.items())
+    facts = f"{row.samples:,} images · seed {row.seed} · {row.date} · {row.device} · {versions}"
+    return f"{row.network}: {facts}" if several else facts
 
 
 def _text(value: object) -> str:
     return html.escape(str(value), quote=True)
 
 
-def _accuracy_table(table: Sequence[TableRow]) -> str:
-    heads = ["method", "bits", "accuracy", "against float", "bits per weight", "bytes on disk", "seconds"]
-    reference = table[0].accuracy
+def _accuracy_table(chapters: Sequence[Chapter]) -> str:
+    network = ["network"] if len(chapters) > 1 else []
+    texts = [*network, "method", "bits"]
+    heads = [*texts, "accuracy", "against float", "bits per weight", "bytes on disk", "seconds"]
     lines = []
-    for row in table:
+    for chapter, row in ((each, row) for each in chapters for row in each.table):
         is_float = row.weight_bits == row.activation_bits == FLOAT_BITS
         cells = [
             f"{row.accuracy:.2f} %",
-            "" if is_float else f"{row.accuracy - reference:+.2f}",
+            "" if is_float else f"{row.accuracy - chapter.table[0].accuracy:+.2f}",
             f"{row.bits_per_weight:.2f}",
             f"{row.size:,}",
             "" if row.seconds is None else f"{row.seconds:.1f}",
         ]
+        names = [chapter.rows[0].network] if network else []
         lines.append(
-            f"<tr><td>{_text(row.method)}</td><td>{_text(row.bits)}</td>"
+            f"<tr>{''.join(f'<td>{_text(name)}</td>' for name in (*names, row.method, row.bits))}"
             + "".join(f"<td class='number'>{_text(cell)}</td>" for cell in cells)
             + "</tr>"
         )
-    head = "".join(f"<th{' class=number' if i > 1 else ''}>{_text(name)}</th>" for i, name in enumerate(heads))
+    head = "".join(
+        f"<th{' class=number' if i >= len(texts) else ''}>{_text(name)}</th>" for i, name in enumerate(heads)
+    )
     return (
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
         "<p class='note'>W4A8 means 4-bit weights and 8-bit activations in the inner layers. Accuracy is top-1; the "
@@ -214,11 +257,12 @@ def _chosen(paths: list[str], errors: Sequence[LayerError]) -> set[str]:
     return set(list(ranked)[:_SHOWN_LAYERS])
 
 
-def _stays_float(rows: Sequence[AccuracyRow]) -> str:
+def _stays_float(rows: Sequence[AccuracyRow], several: bool) -> str:
     """List it once for each different list, open where it is short."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
-        groups.setdefault(row.stays_float, []).append(f"{row.method} W{row.weight_bits}A{row.activation_bits}")
+        name = f"{row.method} W{row.weight_bits}A{row.activation_bits}"
+        groups.setdefault(row.stays_float, []).append(f"{row.network} {name}" if several else name)
     blocks = []
     for parts, names in groups.items():
         items = "".join(f"<li>{_text(part)}</li>" for part in parts)
@@ -230,7 +274,7 @@ def _stays_float(rows: Sequence[AccuracyRow]) -> str:
     return "\n".join(blocks)
 
 
-def _reproduce(rows: Sequence[AccuracyRow]) -> str:
+def _reproduce(rows: Sequence[AccuracyRow], several: bool) -> str:
     row = rows[0]
     settings: dict[str, list[str]] = {}
     for name, value in (item for row in rows for item in row.settings.items() if item[0] not in MEASURED):
@@ -243,4 +287,5 @@ def _reproduce(rows: Sequence[AccuracyRow]) -> str:
         *((name, "; ".join(values)) for name, values in settings.items()),
     ]
     lines = "".join(f"<tr><th>{_text(name)}</th><td><code>{_text(value)}</code></td></tr>" for name, value in facts)
-    return f"<pre><code>{_text(row.command)}</code></pre><table>{lines}</table>"
+    heading = f"<h3>{_text(row.network)}</h3>" if several else ""
+    return f"{heading}<pre><code>{_text(row.command)}</code></pre><table>{lines}</table>"

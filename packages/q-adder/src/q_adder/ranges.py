@@ -1,0 +1,206 @@
+r"""Ranges of the inputs of adder layers: statistics in, an interval out.
+
+An adder layer wants a range that leaves out a stated fraction of the largest magnitudes, because one outlier would
+widen the levels of inputs and kernels alike. Three statistics find it: the order statistic of the paper on every batch,
+exactly; the one of the released code, which discards twice; and a streaming one with a stated bound.
+"""
+
+import abc
+import math
+from collections.abc import Callable
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from q_core.errors import DataError, RangeError, SpecError, StateError
+from q_core.histogram import StreamingHistogram
+
+
+def order_statistic(magnitudes: Float[Tensor, " n"], alpha: float) -> Float[Tensor, ""]:
+    r"""Return element $\lfloor \alpha (n - 1) \rceil$ of the sorted magnitudes, counted from 0.
+
+    Args:
+        magnitudes: At least one.
+        alpha: Fraction that is kept, in (0, 1].
+
+    Source:
+        Nie et al. 2022, supplement, A.3.
+    """
+    return _sorted_at(magnitudes, round(alpha * (magnitudes.numel() - 1)))
+
+
+def released_statistic(magnitudes: Float[Tensor, " n"], alpha: float) -> Float[Tensor, ""]:
+    """Return the element that the released code takes: it discards twice, so that about `alpha**2` is kept.
+
+    Args:
+        magnitudes: At least one.
+        alpha: Fraction that is kept each time, in (0, 1].
+
+    Source:
+        The released implementation of Nie et al. 2022: `int((round(n * alpha) - 1) * alpha)`.
+    """
+    return _sorted_at(magnitudes, max(0, int((round(magnitudes.numel() * alpha) - 1) * alpha)))
+
+
+def _sorted_at(magnitudes: Tensor, index: int) -> Tensor:
+    # Not kthvalue: its time is quadratic where half of the values are the same zero, as after a rectifier.
+    return magnitudes.topk(magnitudes.numel() - index, sorted=False).values.min()
+
+
+class InputRange(abc.ABC):
+    """Collects statistics of the inputs of one layer, over batches, and proposes a range.
+
+    Args:
+        alpha: Fraction of the values that is kept, in (0, 1].
+
+    Raises:
+        RangeError: `alpha` outside (0, 1].
+
+    Attributes:
+        low: Smallest value seen.
+        high: Largest value seen.
+    """
+
+    def __init__(self, alpha: float) -> None:
+        if not 0 < alpha <= 1:
+            raise RangeError(f"alpha={alpha}: the fraction of inputs that is kept must be in (0, 1]; 0.9994 is usual")
+        self.alpha, self.low, self.high = alpha, math.inf, -math.inf
+
+    def update(self, x: Float[Tensor, "*shape"]) -> None:
+        """Take in one batch of inputs.
+
+        Raises:
+            DataError: It holds a NaN or an infinity.
+        """
+        if not x.numel():
+            return
+        values = x.detach().to(torch.promote_types(x.dtype, torch.float32)).flatten()
+        low, high = float(values.min()), float(values.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            bad = int((~values.isfinite()).sum())
+            raise DataError(
+                f"{bad} of {values.numel()} inputs are not finite: clean the data, or look for what diverges"
+            )
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        self.add(values)
+
+    @abc.abstractmethod
+    def add(self, values: Float[Tensor, " n"]) -> None:
+        """Take in finite values."""
+
+    @abc.abstractmethod
+    def kept(self) -> tuple[float, float, float]:
+        """Return the magnitude up to which values are kept, and the lower and the upper end between which they are."""
+
+    def magnitude(self) -> float:
+        """Return the magnitude up to which inputs are kept.
+
+        Raises:
+            StateError: Nothing was seen.
+        """
+        return self._seen()[0]
+
+    def interval(self) -> tuple[float, float]:
+        """Return the ends between which inputs are kept; the fraction that is left out is split between them.
+
+        Raises:
+            StateError: Nothing was seen.
+        """
+        _, low, high = self._seen()
+        return low, high
+
+    def _seen(self) -> tuple[float, float, float]:
+        if self.low > self.high:
+            raise StateError("the layer saw no input: feed batches that reach it")
+        return self.kept()
+
+
+@final
+class ExactRange(InputRange):
+    """The largest order statistic of any batch.
+
+    Memory is that of one batch. The result does not depend on the order of the batches, but on their size.
+
+    Args:
+        alpha: Fraction of the values that is kept.
+        statistic: `order_statistic` of the paper, or `released_statistic`.
+    """
+
+    def __init__(self, alpha: float = 0.9994, statistic: "Statistic | None" = None) -> None:
+        super().__init__(alpha)
+        self.statistic = statistic or order_statistic
+        self._ends = (0.0, math.inf, -math.inf)
+
+    def add(self, values: Float[Tensor, " n"]) -> None:
+        """Sort as far as needed."""
+        # Both tails are asked for separately only where there are two.
+        signed = bool(values.min() < 0)
+        magnitude = float(self.statistic(values.abs() if signed else values, self.alpha))
+        half = 1 - (1 - self.alpha) / 2
+        low = -float(self.statistic(-values, half)) if signed else 0.0
+        high = float(self.statistic(values, half)) if signed else magnitude
+        most, least, top = self._ends
+        self._ends = (max(most, magnitude), min(least, low), max(top, high))
+
+    def kept(self) -> tuple[float, float, float]:
+        """Return the extremes over batches; zero lies between the ends, whatever was seen."""
+        magnitude, low, high = self._ends
+        return magnitude, min(low, 0.0), max(high, 0.0)
+
+
+@final
+class StreamingRange(InputRange):
+    """The quantile of all batches together, from a histogram of fixed size.
+
+    The result depends neither on the order nor on the size of the batches. It is above the exact order statistic of all
+    values by at most the width of a bin, see `error_bound`: at most 4 / `bins` of the largest magnitude.
+
+    Args:
+        alpha: Fraction of the values that is kept.
+        bins: Bins of the histogram, a power of two.
+
+    Raises:
+        SpecError: Another number of bins.
+    """
+
+    def __init__(self, alpha: float = 0.9994, bins: int = 4096) -> None:
+        super().__init__(alpha)
+        if bins < 2 or bins & (bins - 1):
+            raise SpecError(f"bins={bins}: a streaming histogram has a power of two, such as 4096")
+        self._histogram = StreamingHistogram(1, bins)
+
+    def add(self, values: Float[Tensor, " n"]) -> None:
+        """Count."""
+        row = values.unsqueeze(0)
+        self._histogram.to(values.device).update(row, row.abs().amax(1, keepdim=True))
+
+    def error_bound(self) -> float:
+        """Return the width of a bin: an end of the range is further from zero than the exact one by at most that."""
+        return float(self._histogram.width())
+
+    def kept(self) -> tuple[float, float, float]:
+        """Return the outer ends of the bins in which the order statistics lie."""
+        below, above = self._histogram.counts[0].chunk(2)
+        below = below.flip(0)
+        if self.low >= 0:
+            magnitude = self._end(above, self.alpha)
+            return magnitude, 0.0, magnitude
+        half = 1 - (1 - self.alpha) / 2
+        return self._end(above + below, self.alpha), -self._tail(below, half), self._tail(above, half)
+
+    def _tail(self, counts: Tensor, alpha: float) -> float:
+        """Return the end of one tail, counting everything on the other side of zero as smaller."""
+        other = int(self._histogram.counts.sum() - counts.sum())
+        return self._end(torch.cat([counts.new_tensor([other]), counts]), alpha, -1)
+
+    def _end(self, counts: Tensor, alpha: float, first: int = 0) -> float:
+        rank = round(alpha * (int(counts.sum()) - 1))
+        place = int((counts.cumsum(0) > rank).nonzero()[0])
+        end = max(0, first + place + 1) * float(self._histogram.width())
+        return min(end, max(self.high, -self.low))
+
+
+Statistic = Callable[[Tensor, float], Tensor]
+"""From magnitudes and the fraction that is kept to the largest one that is kept."""

@@ -1,0 +1,768 @@
+r"""Post-training quantization of adder networks by redistribution.
+
+Weights of a trained adder network spread several times wider than its activations, and one scale has to serve both.
+Three parts make that work, and each can be used alone: kernels of similar range form groups with a scale each
+(`cluster_kernels`); a weight beyond the range of the inputs is clamped to its end without any loss (`clamp_weights`);
+and a few outliers among the inputs are given up (`q_adder.ranges`). A `Scheme` puts them together for one layer,
+`redistribute` for a model.
+
+Source:
+    Nie et al. 2022, Redistribution of Weights and Activations for AdderNet Quantization. The one-sided form follows
+    from the same argument for inputs that are never negative.
+"""
+
+import abc
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from q_adder.layers import AdderConv2d, AdderLinear, AdderMatmul
+from q_adder.quantized import (
+    QuantAdderConv2d,
+    QuantAdderLayer,
+    QuantAdderLinear,
+    QuantAdderMatmul,
+    TiedGrid,
+    TiedSpec,
+    naming,
+)
+from q_adder.ranges import ExactRange, InputRange
+from q_core import MSEObserver, PerChannel, QuantSpec, Recipe, Rule, swap
+from q_core.calibrate import CalibrationReport, calibrate, evaluation, feed
+from q_core.errors import DataError, MatchError, RangeError, SpecError
+from q_core.methods import FLOAT_BITS, Quantized
+from q_core.swap import DEFAULT_LAYERS, FloatLayer, SwappedLayer, SwapReport, replace_modules, share
+
+AdderLayer = AdderConv2d | AdderLinear
+_LEAST_RANGE = 1e-3  # of a layer whose inputs are all but zero; as released
+
+
+@dataclasses.dataclass(frozen=True)
+class Clusters:
+    """Groups of kernels of similar range.
+
+    Attributes:
+        group_of: Group of each kernel, [outputs]; groups are numbered by rising range.
+        ranges: Largest magnitude of a weight in each group, [groups].
+    """
+
+    group_of: Tensor
+    ranges: Tensor
+
+
+def cluster_kernels(statistic: Float[Tensor, " outputs"], groups: int, *, seed: int = 0) -> Clusters:
+    """Group kernels by a statistic of each, with k-means.
+
+    Args:
+        statistic: What is clustered, the largest magnitude of the weights of each kernel.
+        groups: Number of groups. Fewer come out where there are fewer distinct values.
+        seed: Seed of the k-means++ starts.
+
+    Raises:
+        RangeError: No group, or more groups than kernels.
+
+    Source:
+        Nie et al. 2022; k-means of scikit-learn with its published defaults and ten starts.
+    """
+    if not 1 <= groups <= len(statistic):
+        raise RangeError(
+            f"groups={groups} with {len(statistic)} kernels: there must be at least 1 and at most one each"
+        )
+    # Sorted, so that the starts, and with them the groups, do not depend on the order of the kernels.
+    values, order = statistic.detach().double().cpu().sort()
+    if groups == 1:
+        return Clusters(torch.zeros(len(values), dtype=torch.int64), values[-1:].float())
+    from sklearn.cluster import KMeans
+
+    distinct = min(groups, len(torch.unique(values)))
+    means = KMeans(distinct, n_init=10, random_state=seed).fit(values.reshape(-1, 1).numpy())
+    # Groups on a line are intervals: the label changes where the next one, with a larger range, begins.
+    labels = torch.from_numpy(means.labels_).to(torch.int64)
+    begins = torch.cat([torch.zeros(1, dtype=torch.bool), labels[1:] != labels[:-1]])
+    ends = torch.cat([begins[1:], torch.ones(1, dtype=torch.bool)])
+    group_of = torch.empty_like(labels).scatter_(0, order, begins.cumsum(0))
+    return Clusters(group_of, values[ends].float())
+
+
+def clamp_weights(
+    weight: Float[Tensor, "outputs *taps"],
+    bias: Float[Tensor, " outputs"] | None,
+    low: float | Float[Tensor, " outputs"],
+    high: float | Float[Tensor, " outputs"],
+) -> tuple[Float[Tensor, "outputs *taps"], Float[Tensor, " outputs"]]:
+    r"""Clamp kernels to an interval, without changing the output for inputs in it.
+
+    For $x \in [l, h]$ and $w > h$ it holds that $|x - w| = |x - h| + (w - h)$, and likewise below, so the clamp takes a
+    constant from each distance, which the bias gives back.
+
+    Args:
+        weight: Kernels.
+        bias: Bias of the layer; None is zero.
+        low: Least input, for all kernels or for each; 0 after a rectifier.
+        high: Largest input.
+
+    Returns:
+        New kernels and a new bias; the arguments are not changed.
+
+    Raises:
+        RangeError: An interval whose end lies below its start.
+
+    Source:
+        Nie et al. 2022, section 3.2, there for the interval from -r to r.
+    """
+    shape = (-1, *[1] * (weight.ndim - 1))
+    ends = [torch.as_tensor(end, dtype=weight.dtype, device=weight.device).reshape(shape) for end in (low, high)]
+    if bool((ends[0] > ends[1]).any()):
+        raise RangeError(f"interval from {low} to {high}: its start must not lie beyond its end")
+    clamped = weight.clamp(ends[0], ends[1])
+    taken = (weight - clamped).abs().flatten(1).sum(1)
+    return clamped, -taken if bias is None else bias - taken
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How one layer is quantized.
+
+    Attributes:
+        tied: The levels.
+        weight: Weight of the quantized layer: the float layer's own where the clamp is lossless, else a new one.
+        requested: Groups of kernels asked for.
+    """
+
+    tied: TiedGrid
+    weight: Tensor
+    requested: int = 1
+
+
+class Scheme(abc.ABC):
+    """Chooses the levels of a layer from its weight and the range of its inputs."""
+
+    @abc.abstractmethod
+    def fit(self, weight: Float[Tensor, "outputs *taps"], inputs: InputRange, bits: int) -> Fit:
+        """Choose.
+
+        Raises:
+            RangeError: The scheme does not suit the inputs, or more groups than kernels.
+        """
+
+    def between(self, inputs: InputRange, bits: int) -> TiedGrid:
+        """Choose the levels of the distances of two activations, where there are no kernels.
+
+        Args:
+            inputs: Of both operands.
+            bits: Bits of a code.
+
+        Raises:
+            RangeError: The scheme does not suit the inputs.
+            SpecError: The scheme is about kernels.
+        """
+        raise SpecError(
+            f"{type(self).__name__} is about kernels, and the distances of two activations have none: use OneSided(), "
+            "Symmetric() or Interval() there"
+        )
+
+
+def _from_zero(ranges: Tensor, group_of: Tensor, spec: TiedSpec) -> TiedGrid:
+    """Levels from 0 to each range."""
+    return TiedGrid(spec, ranges / spec.top, torch.zeros_like(ranges), group_of)
+
+
+def _around_zero(ranges: Tensor, group_of: Tensor, spec: TiedSpec) -> TiedGrid:
+    """Levels on both sides of zero; as there is an even number, there is one more below."""
+    return TiedGrid(spec, 2 * ranges / spec.top, torch.full_like(ranges, (spec.top + 1) // 2), group_of)
+
+
+def _within(low: float, high: float, group_of: Tensor, spec: TiedSpec) -> TiedGrid:
+    """Levels between two ends, widened to hold zero."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max(high - low, _LEAST_RANGE) / spec.top
+    return TiedGrid(spec, _one(scale), _one(min(spec.top, round(-low / scale))), group_of)
+
+
+def _one(value: float) -> Tensor:
+    return torch.tensor([value], dtype=torch.float32)
+
+
+_NO_KERNELS = torch.zeros(0, dtype=torch.int64)
+
+
+def _grouped(
+    weight: Tensor, extent: Callable[[Tensor], Tensor], reach: float, groups: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Cluster kernels by their range; each group covers its own range, but not more than the inputs have.
+
+    Groups that end up with equal ranges are one. A group with nothing to cover takes the range of the inputs.
+
+    Returns:
+        Range of each group and group of each kernel.
+    """
+    clusters = cluster_kernels(extent(weight.detach().flatten(1)), groups, seed=seed)
+    ranges = clusters.ranges.where(clusters.ranges > 0, reach if math.isfinite(reach) else 0.0)
+    ranges = ranges.clamp(min=_LEAST_RANGE, max=max(reach, _LEAST_RANGE))
+    distinct, index = torch.unique(ranges, return_inverse=True)
+    return distinct, index[clusters.group_of]
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class OneSided(Scheme):
+    """For inputs that are never negative: kernels are clamped to where the inputs are, and both use unsigned codes.
+
+    Weights at or below zero and weights beyond the range are represented without any error.
+
+    Attributes:
+        groups: Groups of kernels.
+        seed: Seed of the grouping.
+
+    Source:
+        Derived here from Nie et al. 2022; the same idea underlies NN-AdderNet (DAC 2025).
+    """
+
+    groups: int = 1
+    seed: int = 0
+
+    def fit(self, weight: Float[Tensor, "outputs *taps"], inputs: InputRange, bits: int) -> Fit:
+        """Choose levels from 0 to the range of the inputs."""
+        _require_unsigned(inputs, type(self).__name__)
+        reach = inputs.magnitude()
+        ranges, group_of = _grouped(weight, lambda rows: rows.amax(1), reach, self.groups, self.seed)
+        return Fit(_from_zero(ranges, group_of, TiedSpec(bits)), weight, self.groups)
+
+    def between(self, inputs: InputRange, bits: int) -> TiedGrid:
+        """Choose levels from 0 to the range of both operands."""
+        _require_unsigned(inputs, type(self).__name__)
+        return _from_zero(_one(max(inputs.magnitude(), _LEAST_RANGE)), _NO_KERNELS, TiedSpec(bits))
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Symmetric(Scheme):
+    """For signed inputs: kernels and inputs are clamped to the same symmetric range.
+
+    Attributes:
+        groups: Groups of kernels.
+        seed: Seed of the grouping.
+
+    Source:
+        Nie et al. 2022, figure 3.
+    """
+
+    groups: int = 1
+    seed: int = 0
+
+    def fit(self, weight: Float[Tensor, "outputs *taps"], inputs: InputRange, bits: int) -> Fit:
+        """Choose levels on both sides of zero."""
+        reach = inputs.magnitude()
+        ranges, group_of = _grouped(weight, lambda rows: rows.abs().amax(1), reach, self.groups, self.seed)
+        return Fit(_around_zero(ranges, group_of, TiedSpec(bits)), weight, self.groups)
+
+    def between(self, inputs: InputRange, bits: int) -> TiedGrid:
+        """Choose levels on both sides of zero for both operands."""
+        return _around_zero(_one(max(inputs.magnitude(), _LEAST_RANGE)), _NO_KERNELS, TiedSpec(bits))
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Interval(Scheme):
+    """For inputs in any interval: kernels are clamped to where the inputs are, and one zero point serves both."""
+
+    def fit(self, weight: Float[Tensor, "outputs *taps"], inputs: InputRange, bits: int) -> Fit:
+        """Choose levels between the ends of the inputs, widened to hold zero."""
+        return Fit(_within(*inputs.interval(), _one_group(weight), TiedSpec(bits)), weight)
+
+    def between(self, inputs: InputRange, bits: int) -> TiedGrid:
+        """Choose levels between the ends of both operands, widened to hold zero."""
+        return _within(*inputs.interval(), _NO_KERNELS, TiedSpec(bits))
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class Published(Scheme):
+    """The scheme of the paper as released: unsigned inputs, signed weights on every other level, four groups.
+
+    Attributes:
+        groups: Groups of kernels.
+        seed: Seed of the grouping.
+        clamp: Whether the range of a group stops at that of the inputs, with the lossless clamp, or is that of its
+            weights.
+
+    Source:
+        Nie et al. 2022 and its released implementation, with the loop over groups completed.
+    """
+
+    groups: int = 4
+    seed: int = 0
+    clamp: bool = True
+
+    def fit(self, weight: Float[Tensor, "outputs *taps"], inputs: InputRange, bits: int) -> Fit:
+        """Choose levels from 0 to the smaller of the ranges of inputs and weights."""
+        _require_unsigned(inputs, type(self).__name__)
+        reach = inputs.magnitude() if self.clamp else math.inf
+        ranges, group_of = _grouped(weight, lambda rows: rows.abs().amax(1), reach, self.groups, self.seed)
+        return Fit(_from_zero(ranges, group_of, TiedSpec(bits, weight_step=2)), weight, self.groups)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class OneScale(Scheme):
+    """The baseline: one symmetric scale for weights and inputs, no clamp without loss.
+
+    Attributes:
+        cover_weights: Whether the scale covers weights and inputs, or the inputs alone, cutting the weights.
+
+    Source:
+        Our reading of the shared scaling factor of Wang et al. 2021, arXiv:2101.10015, whose code is not public.
+    """
+
+    cover_weights: bool = True
+
+    def fit(self, weight: Float[Tensor, "outputs *taps"], inputs: InputRange, bits: int) -> Fit:
+        """Choose one symmetric range."""
+        reach = inputs.magnitude()
+        if self.cover_weights:
+            reach = max(reach, float(weight.detach().abs().max()))
+        tied = _around_zero(_one(max(reach, _LEAST_RANGE)), _one_group(weight), TiedSpec(bits))
+        low, high = tied.range()
+        # Cut here, so that the layer finds nothing to make up for.
+        return Fit(tied, weight.detach().clamp(float(low), float(high)))
+
+
+def _one_group(weight: Tensor) -> Tensor:
+    return torch.zeros(len(weight), dtype=torch.int64)
+
+
+def _require_unsigned(inputs: InputRange, scheme: str) -> None:
+    if inputs.low < 0:
+        raise RangeError(
+            f"{scheme} is for inputs that are never negative, and one of {inputs.low:.6g} was seen: use Symmetric() "
+            "or Interval() for this layer"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """What happened to one layer.
+
+    Attributes:
+        path: Path of the layer.
+        scales: Scale of each group of kernels.
+        zero_point: Code of real zero.
+        groups_asked: Groups of kernels asked for.
+        reach: Range of its inputs.
+        clamped: Fraction of its weights that the lossless clamp moved.
+        shift: Largest change of a bias by the correction of the mean; 0 where there was none.
+    """
+
+    path: str
+    scales: tuple[float, ...]
+    zero_point: int
+    groups_asked: int
+    reach: tuple[float, float]
+    clamped: float
+    shift: float = 0.0
+
+    @property
+    def grouping_is_idle(self) -> bool:
+        """Whether several groups were asked for and all have the same scale."""
+        return self.groups_asked > 1 and len(self.scales) == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Redistributed(Quantized):
+    """What `redistribute` returns.
+
+    Attributes:
+        layers: What happened to each adder layer.
+    """
+
+    layers: tuple[LayerReport, ...] = ()
+
+    def __str__(self) -> str:
+        """Tabulate one layer a line, and say where grouping changed nothing."""
+        rows = [
+            f"{layer.path:32} inputs {layer.reach[0]:8.3f} to {layer.reach[1]:8.3f}  scales "
+            f"{', '.join(f'{scale:.4g}' for scale in layer.scales):30} clamped {100 * layer.clamped:5.1f} %"
+            for layer in self.layers
+        ]
+        idle = sum(layer.grouping_is_idle for layer in self.layers)
+        if idle:
+            rows.append(
+                f"grouping changed nothing in {idle} of {len(self.layers)} layers: "
+                "the range of the inputs decides every group"
+            )
+        return "\n".join(rows)
+
+
+def redistribute(  # noqa: PLR0913 - the parts of the method, each with a default
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    weight_bits: int = 8,
+    activation_bits: int = 8,
+    edge_bits: int = FLOAT_BITS,
+    scheme: Scheme | Mapping[str, Scheme] | None = None,
+    input_range: Callable[[], InputRange] | Mapping[str, InputRange] = ExactRange,
+    mean_correction: bool = True,
+    reestimate_batches: int = 0,
+    progress: bool = True,
+) -> Redistributed:
+    """Quantize the adder layers of a model after training.
+
+    Distances of two activations (`AdderMatmul`) are quantized too: both operands to the range of both, without the
+    parts that are about kernels.
+
+    Args:
+        model: The float model. Not changed.
+        batches: Calibration data, as `q_core.calibrate` takes it; labels are not used. It is read several times: an
+            iterator is kept in memory.
+        weight_bits: Bits of the codes of kernels, 2 to 8.
+        activation_bits: Bits of the codes of inputs; the same, because both share their levels.
+        edge_bits: Bits of ordinary convolution and linear layers, 2 to 8; 32 leaves them float, as published.
+        scheme: How levels are chosen: for all layers with kernels, or by path. None, and whatever is not named, takes
+            `OneSided` where the inputs of a layer are never negative and `Symmetric` elsewhere.
+        input_range: Makes the statistic of the inputs of a layer; or the statistics themselves by path, as
+            `observe_inputs` returns them, to observe once and quantize often.
+        mean_correction: Whether the bias of each channel is set so that its mean output is that of the float model.
+        reestimate_batches: Batches from which batch norms estimate their statistics anew, in training mode, after all
+            else; the published pipeline takes 202 and leaves the means alone. 0 leaves batch norms as they are.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The quantized model, in evaluation mode, and the reports.
+
+    Raises:
+        DataError: There is no batch, or one holds a NaN.
+        MatchError: The model has no adder layer, or `scheme` names a path that is none.
+        RangeError: A scheme does not suit a layer; the note names it.
+        SpecError: Bits that adder layers do not have, or that differ.
+        StateError: A layer saw no input; the note names it.
+
+    Source:
+        Nie et al. 2022, with the clamp in its one-sided form and a correction of means in place of new batch norms.
+    """
+    spec = _check_bits(weight_bits, activation_bits, edge_bits)
+    floats = {path: module for path, module in model.named_modules() if isinstance(module, AdderLayer | AdderMatmul)}
+    if not floats:
+        raise MatchError(f"a {type(model).__name__} has no adder layer: use q_core.nearest for ordinary layers")
+    _check_paths(scheme, floats)
+    data = _Data(batches, progress)
+    ranges = _ranges(model, data, floats, input_range)
+    fits: dict[str, Fit] = {}
+    for path, layer in floats.items():
+        with naming(path):
+            fits[path] = _fit(_scheme(scheme, path, layer, ranges[path]), layer, ranges[path], spec.bits)
+    twin = _exchange(model, floats, fits)
+    edge, calibration = _edges(twin, data, edge_bits)
+    twin = edge[0] if edge else twin
+    kernels = tuple(path for path, layer in floats.items() if not isinstance(layer, AdderMatmul))
+    shifts = correct_means(twin, model, data, paths=kernels) if mean_correction and kernels else {}
+    if reestimate_batches:
+        reestimate_batchnorm(twin, data, reestimate_batches)
+    reports = [_report(path, floats[path], fits[path], ranges[path], shifts.get(path, 0.0)) for path in floats]
+    kept = edge[1] if edge else SwapReport((), ())
+    return Redistributed(twin.eval(), _swap_report(model, floats, spec.bits, kept), calibration, tuple(reports))
+
+
+def _check_bits(weight_bits: int, activation_bits: int, edge_bits: int) -> TiedSpec:
+    if weight_bits != activation_bits:
+        raise SpecError(
+            f"weight_bits={weight_bits}, activation_bits={activation_bits}: kernels and inputs of an adder layer share "
+            "their levels, so they have the same bits"
+        )
+    if edge_bits != FLOAT_BITS and not 2 <= edge_bits <= 8:
+        raise SpecError(f"edge_bits={edge_bits}: ordinary layers take 2 to 8 bits, or {FLOAT_BITS} to stay float")
+    return TiedSpec(weight_bits)
+
+
+def _check_paths(scheme: Scheme | Mapping[str, Scheme] | None, floats: Mapping[str, nn.Module]) -> None:
+    named = scheme if isinstance(scheme, Mapping) else {}
+    strangers = sorted(named.keys() - floats.keys())
+    if strangers:
+        known = ", ".join(list(floats)[:4]) + (" …" if len(floats) > 4 else "")
+        raise MatchError(f"scheme names {strangers[0]!r}, which is no adder layer; there are {len(floats)}: {known}")
+
+
+def _scheme(scheme: Scheme | Mapping[str, Scheme] | None, path: str, layer: nn.Module, inputs: InputRange) -> Scheme:
+    if isinstance(scheme, Mapping) and path in scheme:
+        return scheme[path]
+    if isinstance(scheme, Scheme) and not isinstance(layer, AdderMatmul):
+        return scheme
+    return Symmetric() if inputs.low < 0 else OneSided()
+
+
+def _fit(scheme: Scheme, layer: nn.Module, inputs: InputRange, bits: int) -> Fit:
+    if isinstance(layer, AdderMatmul):
+        return Fit(scheme.between(inputs, bits), _NO_KERNELS)
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    return scheme.fit(weight, inputs, bits)
+
+
+class _Data:
+    """Batches that can be read again and again."""
+
+    def __init__(self, batches: Iterable[Any], progress: bool) -> None:
+        self.batches = list(batches) if iter(batches) is batches else batches
+        self.progress = progress
+
+    def __iter__(self) -> Iterator[Any]:
+        empty = True
+        # None is silent where there is no terminal.
+        for batch in tqdm(self.batches, desc="redistribute", leave=False, disable=None if self.progress else True):
+            empty = False
+            yield batch
+        if empty:
+            raise DataError("the calibration data holds no batch: give at least one")
+
+
+def _ranges(
+    model: nn.Module,
+    data: Iterable[Any],
+    layers: Mapping[str, nn.Module],
+    given: Callable[[], InputRange] | Mapping[str, InputRange],
+) -> Mapping[str, InputRange]:
+    if not isinstance(given, Mapping):
+        return observe_inputs(model, data, layers, given)
+    missing = sorted(layers.keys() - given.keys())
+    if missing:
+        raise MatchError(f"input_range has no statistic for {missing[0]!r}: observe_inputs() all {len(layers)} layers")
+    return given
+
+
+def observe_inputs(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Mapping[str, nn.Module],
+    input_range: Callable[[], InputRange] = ExactRange,
+) -> dict[str, InputRange]:
+    """Collect the statistics of the inputs of some layers, in evaluation mode.
+
+    The operands of a layer that takes several enter one after the other, so that every one of them is kept to the
+    fraction that is asked for.
+
+    Args:
+        model: The model. Not changed.
+        batches: Data, as `q_core.calibrate` takes it.
+        layers: Layers of the model by path.
+        input_range: Makes the statistic of one layer.
+
+    Returns:
+        The statistic of each layer.
+
+    Raises:
+        DataError: An input holds a NaN or an infinity; the note names the layer.
+    """
+    ranges = {path: input_range() for path in layers}
+
+    def look(path: str, _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        with naming(path):
+            for operand in (*inputs, *named.values()):
+                ranges[path].update(operand)
+
+    with ExitStack() as stack:
+        for path, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(partial(look, path), with_kwargs=True).remove)
+        stack.enter_context(evaluation(model))
+        for batch in batches:
+            feed(model, batch)
+    return ranges
+
+
+def _exchange(model: nn.Module, floats: Mapping[str, nn.Module], fits: Mapping[str, Fit]) -> nn.Module:
+    """Return a twin of the model with quantized adder layers."""
+    twin = share(model)
+    device = next((parameter.device for parameter in twin.parameters()), torch.device("cpu"))
+    new: dict[int, nn.Module] = {}
+    for path in floats:
+        layer = twin.get_submodule(path)
+        with naming(path):
+            new[id(layer)] = _quantized(layer, fits[path], path, device)
+    return replace_modules(twin, new)
+
+
+def _quantized(layer: nn.Module, fit: Fit, path: str, device: torch.device) -> nn.Module:
+    made: QuantAdderLayer
+    if isinstance(layer, AdderConv2d):
+        made = QuantAdderConv2d.from_float(layer, fit.tied, path=path)
+    elif isinstance(layer, AdderLinear):
+        made = QuantAdderLinear.from_float(layer, fit.tied, path=path)
+    else:
+        return QuantAdderMatmul(fit.tied, path=path).to(device).train(layer.training)
+    if fit.weight is not layer.weight:
+        made.weight = nn.Parameter(fit.weight.detach().clone())
+    return made
+
+
+@dataclasses.dataclass
+class _Mean:
+    """The mean output of each channel of one layer, over everything that was seen."""
+
+    total: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, output: Tensor, layer: nn.Module) -> "_Mean":
+        """Take the mean of one batch."""
+        channels = output.movedim(-3, -1) if isinstance(layer, nn.Conv2d) else output
+        rows = channels.reshape(-1, channels.shape[-1])
+        return cls(rows.sum(0, dtype=torch.float64), len(rows))
+
+    def __add__(self, other: "_Mean") -> "_Mean":
+        return _Mean(self.total + other.total, self.count + other.count)
+
+    def value(self) -> Tensor:
+        return self.total / self.count
+
+
+@contextmanager
+def _hooks(layers: Mapping[str, nn.Module], look: Callable[..., Any]) -> Iterator[None]:
+    """Call `look(path, layer, inputs, output)` after each layer."""
+    with ExitStack() as stack:
+        for path, layer in layers.items():
+            stack.callback(layer.register_forward_hook(partial(look, path)).remove)
+        yield
+
+
+def correct_means(
+    quantized: nn.Module, model: nn.Module, batches: Iterable[Any], *, paths: tuple[str, ...] | None = None
+) -> dict[str, float]:
+    """Set the biases of quantized adder layers so that every channel has the mean output of the float model.
+
+    The data is read once; every batch runs through the float model and then through the quantized one. There, every
+    layer is corrected at once by what was seen so far, so that the layers behind it see inputs that are corrected
+    already. Labels are not used and batch norms are not touched.
+
+    Args:
+        quantized: The quantized model. Its biases are changed.
+        model: The float model it was made from.
+        batches: Data, as `q_core.calibrate` takes it.
+        paths: Layers to correct, all quantized adder layers when None.
+
+    Returns:
+        The largest change of a bias of each layer.
+    """
+    kinds = (QuantAdderConv2d, QuantAdderLinear)
+    if paths is None:
+        paths = tuple(path for path, module in quantized.named_modules() if isinstance(module, kinds))
+    # The outputs of the float model wait for those of the quantized one, so that equal data is compared with equal
+    # data, also while a batch is under way and where a layer runs more than once.
+    waiting: dict[str, list[_Mean]] = {path: [] for path in paths}
+    expected: dict[str, _Mean] = {}
+    found: dict[str, _Mean] = {}
+
+    def expect(path: str, layer: nn.Module, _: Any, output: Tensor) -> None:
+        waiting[path].append(_Mean.of(output, layer))
+
+    def correct(path: str, layer: nn.Module, _: Any, output: Tensor) -> Tensor:
+        for means, mean in ((expected, waiting[path].pop(0)), (found, _Mean.of(output, layer))):
+            means[path] = means[path] + mean if path in means else mean
+        change = shift(path).to(output.dtype)
+        return output + (change.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else change)
+
+    def shift(path: str) -> Tensor:
+        return expected[path].value() - found[path].value()
+
+    with evaluation(model), evaluation(quantized), ExitStack() as hooks:
+        for root, look in ((model, expect), (quantized, correct)):
+            hooks.enter_context(_hooks({path: root.get_submodule(path) for path in paths}, look))
+        for batch in batches:
+            feed(model, batch)
+            feed(quantized, batch)
+    for path in found:
+        with torch.no_grad():
+            bias: Tensor = quantized.get_submodule(path).bias  # type: ignore[assignment]
+            bias.add_(shift(path).to(bias.dtype))
+    return {path: float(shift(path).abs().max()) for path in found}
+
+
+def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any], count: int, momentum: float = 0.1) -> None:
+    """Let batch norms estimate their statistics anew from some batches, as the published pipeline does.
+
+    The running statistics are replaced, not written into, because a quantized model shares them with its float model.
+
+    Args:
+        model: A quantized model; its batch norms get new statistics.
+        batches: Data, as `q_core.calibrate` takes it; read from the start again where there is too little.
+        count: Batches.
+        momentum: Weight of each new batch in the running statistics.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    saved = [norm.momentum for norm in norms]
+    try:
+        with evaluation(model):
+            for norm in norms:
+                for name, buffer in norm._buffers.items():
+                    norm._buffers[name] = None if buffer is None else buffer.clone()
+                norm.train()
+                norm.momentum = momentum
+            for batch in itertools.islice(_forever(batches), count):
+                feed(model, batch)
+    finally:
+        for norm, value in zip(norms, saved, strict=True):
+            norm.momentum = value
+
+
+def _forever(batches: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        yield from batches
+
+
+def _edges(twin: nn.Module, data: _Data, bits: int) -> tuple[tuple[nn.Module, SwapReport] | None, CalibrationReport]:
+    """Quantize ordinary convolution and linear layers to the nearest level, if asked to."""
+    paths = [path for path, module in twin.named_modules() if type(module) in (nn.Conv2d, nn.Linear)]
+    if bits == FLOAT_BITS or not paths:
+        return None, CalibrationReport(0, (), {}, (), {})
+    weight = Recipe(QuantSpec.signed(bits, granularity=PerChannel(0)), observer=MSEObserver)
+    activation = Recipe(QuantSpec.unsigned(bits), observer=MSEObserver)
+    swapped, report = swap(twin, [Rule("|".join(map(re.escape, paths)), weight, activation)])
+    return (swapped, report), calibrate(swapped, data.batches, progress=data.progress)
+
+
+def _report(path: str, layer: nn.Module, fit: Fit, inputs: InputRange, shift: float) -> LayerReport:
+    clamped = 0.0
+    if not isinstance(layer, AdderMatmul):
+        weight: Tensor = layer.weight  # type: ignore[assignment]
+        low, high = fit.tied.range()
+        if fit.tied.spec.weight_step == 2:
+            low = -high
+        shape = (-1, *[1] * (weight.ndim - 1))
+        low, high = (end[fit.tied.group_of].reshape(shape) for end in (low, high))
+        clamped = float(((weight < low) | (weight > high)).float().mean())
+    return LayerReport(
+        path=path,
+        scales=tuple(fit.tied.scale.tolist()),
+        zero_point=int(fit.tied.zero_point[0]),
+        groups_asked=fit.requested,
+        reach=(inputs.low, inputs.high),
+        clamped=clamped,
+        shift=shift,
+    )
+
+
+def _swap_report(model: nn.Module, floats: Mapping[str, nn.Module], bits: int, edges: SwapReport) -> SwapReport:
+    codes = QuantSpec.unsigned(bits)
+    done = {layer.path: layer for layer in edges.swapped}
+    for path, layer in floats.items():
+        weight = None if isinstance(layer, AdderMatmul) else codes
+        done[path] = SwappedLayer(path, type(layer).__name__, weight, codes)
+    kept = []
+    for path, module in model.named_modules():
+        if path in done:
+            continue
+        if type(module) in (nn.Conv2d, nn.Linear):
+            reason = f"edge_bits={FLOAT_BITS}"
+        elif type(module) in DEFAULT_LAYERS or any(parameter is not None for parameter in module._parameters.values()):
+            reason = "redistribute quantizes adder layers, and with edge_bits convolutions and linear layers"
+        else:
+            continue
+        kept.append(FloatLayer(path, type(module).__name__, reason))
+    return SwapReport(tuple(done[path] for path, _ in model.named_modules() if path in done), tuple(kept))

@@ -1,0 +1,412 @@
+"""Integer execution equals the quantized layer exactly, and so does every implementation of the distance of codes."""
+
+import copy
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+from q_adder import (
+    AdderConv2d,
+    AdderLinear,
+    AdderMatmul,
+    IntegerAdderConv2d,
+    IntegerAdderLinear,
+    IntegerAdderMatmul,
+    QuantAdderConv2d,
+    QuantAdderLinear,
+    QuantAdderMatmul,
+    TiedGrid,
+    TiedSpec,
+    explain,
+    ops,
+    redistribute,
+)
+from q_adder.integer import level_distance_conv2d
+from q_core import BackendError, FormatError, StateError, bits_per_weight, load_packed, nearest, pack, save_packed
+from q_core.kernels import Kernel, only
+
+from . import cases, oracles
+
+# The quantized layer, its integers and the equation ---------------------------------------------------------------
+
+
+@settings(max_examples=150)
+@given(case=cases.convolutions())
+def test_an_integer_convolution_equals_the_quantized_one_and_the_equation(case):
+    packed = pack(case.layer)
+    assert isinstance(packed, IntegerAdderConv2d)
+    with torch.no_grad():
+        out = case.layer(case.x)
+        assert out.dtype == case.x.dtype
+        assert torch.equal(packed(case.x), out)
+        assert torch.equal(cases.integer_oracle(case.layer, case.x), out)
+
+
+@settings(max_examples=80)
+@given(case=cases.linears())
+def test_an_integer_linear_layer_equals_the_quantized_one_and_a_convolution_of_one_pixel(case):
+    packed = pack(case.layer)
+    assert isinstance(packed, IntegerAdderLinear)
+    rows = case.x.reshape(-1, case.x.shape[-1], 1, 1)
+    kernels = case.layer.weight.detach()[:, :, None, None]
+    twin = QuantAdderConv2d(*kernels.shape[1::-1], 1, bias=case.layer.bias is not None, tied=case.layer.tied)
+    twin.weight, twin.bias = nn.Parameter(kernels), case.layer.bias
+    with torch.no_grad():
+        out = case.layer(case.x)
+        assert out.dtype == case.x.dtype
+        assert torch.equal(packed(case.x), out)
+        assert torch.equal(cases.integer_oracle(twin, rows).reshape(out.shape), out)
+
+
+@settings(max_examples=60)
+@given(
+    batch=st.lists(st.integers(1, 3), max_size=2),
+    size=st.tuples(*[st.integers(1, 6)] * 3),
+    bits=st.integers(2, 8),
+    signed=st.booleans(),
+    dtypes=st.tuples(*[st.sampled_from(cases.DTYPES)] * 2),
+    seed=st.integers(0, 2**31),
+)
+def test_the_integer_distances_of_rows_equal_the_quantized_ones_and_the_equation(
+    batch, size, bits, signed, dtypes, seed
+):
+    n, m, k = size
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (3 * torch.randn(*batch, rows, k, generator=generator) for rows in (n, m))
+    a, b = a.to(dtypes[0]), b.to(dtypes[1])
+    spec = TiedSpec(bits)
+    zero = torch.tensor([float(signed * (spec.top + 1) // 2)])
+    tied = TiedGrid(spec, torch.tensor([4.0 / spec.top]), zero, torch.zeros(0, dtype=torch.int64))
+    layer = QuantAdderMatmul(tied, path="a.layer")
+    packed = pack(layer)
+    assert isinstance(packed, IntegerAdderMatmul)
+    dtype = torch.promote_types(*dtypes)
+    codes = [oracles.rounded_codes(rows.to(dtype), tied.scale, zero, 0, spec.top) for rows in (a, b)]
+    distance = (codes[0].unsqueeze(-2) - codes[1].unsqueeze(-3)).abs().sum(-1)
+    out = layer(a, b)
+    assert torch.equal(out, (-tied.scale * distance).to(dtype))
+    assert torch.equal(packed(a, b), out)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 5, 5), (0, 4)])
+def test_an_empty_batch_gives_an_empty_result(shape):
+    tied = TiedGrid(TiedSpec(8), torch.tensor([0.1]), torch.zeros(1), torch.zeros(3, dtype=torch.int64))
+    layer = QuantAdderConv2d(4, 3, 3, tied=tied) if len(shape) == 4 else QuantAdderLinear(4, 3, tied=tied)
+    expected = (0, 3, 3, 3) if len(shape) == 4 else (0, 3)
+    assert layer(torch.zeros(shape)).shape == expected
+    assert pack(layer)(torch.zeros(shape)).shape == expected
+
+
+def test_infinities_are_clamped_to_the_ends_of_the_range():
+    tied = TiedGrid(TiedSpec(4), torch.tensor([0.5]), torch.tensor([3.0]), torch.zeros(2, dtype=torch.int64))
+    layer = QuantAdderLinear(3, 2, tied=tied).eval()
+    low, high = (float(end) for end in tied.range())
+    given, meant = torch.tensor([[-torch.inf, torch.inf, 0.2]]), torch.tensor([[low, high, 0.2]])
+    with torch.no_grad():
+        assert torch.equal(layer(given), layer(meant))
+        assert torch.equal(pack(layer)(given), layer(meant))
+
+
+# Implementations of the distance of codes -------------------------------------------------------------------------
+
+THERMOMETERS = {"thermometer-convolution", "thermometer-product"}
+
+
+def implementations() -> dict[str, Kernel]:
+    """All that this environment has, those of `q_kernels` included."""
+    found = {kernel.name: kernel for kernel in (ops.CODE_DISTANCE.reference, *ops.CODE_DISTANCE.kernels)}
+    try:
+        from q_kernels.cpu import adder
+    except ImportError:
+        return found
+    return found | {kernel.name: kernel for kernel in adder.code_distance_conv2d}
+
+
+@st.composite
+def codes(draw):
+    """Codes of a padded input and of kernels, with a geometry; extreme codes are frequent."""
+    bits, groups = draw(st.integers(1, 8)), draw(st.integers(1, 3))
+    inputs, outputs = (groups * draw(st.integers(1, 6)) for _ in range(2))
+    kernel = (draw(st.integers(1, 4)), draw(st.integers(1, 3)))
+    stride, dilation = ([draw(st.integers(1, 3)) for _ in range(2)] for _ in range(2))
+    size = [dilation[a] * (kernel[a] - 1) + 1 + draw(st.integers(0, 6)) for a in (0, 1)]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    top = (1 << bits) - 1
+    tensors = []
+    for shape in ((draw(st.integers(1, 3)), inputs, *size), (outputs, inputs // groups, *kernel)):
+        extreme = top * torch.randint(0, 2, shape, generator=generator)
+        anything = torch.randint(0, top + 1, shape, generator=generator)
+        tensors.append(torch.where(torch.rand(shape, generator=generator) < 0.3, extreme, anything).to(torch.uint8))
+    x, weight = tensors
+    if draw(st.booleans()):
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x, weight, stride, dilation, groups, bits
+
+
+@settings(max_examples=80)
+@given(arguments=codes())
+def test_every_implementation_agrees_exactly(arguments):
+    expected = oracles.code_distances(*arguments[:-1]).to(torch.int32)
+    ran = set()
+    for name, kernel in implementations().items():
+        if kernel.refuses(*arguments) is None:
+            ran.add(name)
+            out = kernel.run(*arguments)
+            assert out.dtype == torch.int32, name
+            assert torch.equal(out, expected), name
+    assert ran >= ({"reference", *THERMOMETERS} if arguments[-1] <= 4 else {"reference"})
+    assert torch.equal(ops.code_distance_conv2d(*arguments), expected)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_layer_gives_the_same_with_every_implementation_alone(bits):
+    spec = TiedSpec(bits)
+    tied = TiedGrid(spec, torch.tensor([3.0 / spec.top]), torch.zeros(1), torch.zeros(6, dtype=torch.int64))
+    layer = QuantAdderConv2d(5, 6, 3, stride=2, padding=1, tied=tied).eval()
+    x, outputs = torch.randn(2, 5, 9, 8), {}
+    for kernel in ops.CODE_DISTANCE.kernels:
+        if bits <= 4 or kernel.name not in THERMOMETERS:
+            with only(kernel.name), torch.no_grad():
+                outputs[kernel.name] = (layer(x), pack(layer)(x))
+    with only("reference"), torch.no_grad():
+        expected = layer(x)
+    for name, results in outputs.items():
+        assert all(torch.equal(result, expected) for result in results), name
+    assert bits == 8 or outputs.keys() >= THERMOMETERS
+
+
+@pytest.mark.parametrize("name", sorted(THERMOMETERS))
+def test_a_thermometer_refuses_wide_codes_and_says_why(name):
+    tied = TiedGrid(TiedSpec(5), torch.tensor([0.1]), torch.zeros(1), torch.zeros(2, dtype=torch.int64))
+    layer = QuantAdderLinear(4, 2, tied=tied)
+    with only(name), pytest.raises(BackendError, match=r"5-bit code has 31 places; it takes 4 bits at most"):
+        layer(torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize(("taps", "bits"), [(70_000, 8), (1_150_000, 4)])
+def test_sums_beyond_the_integers_of_float32_are_exact(taps, bits):
+    """Above 2**24 only even integers are float32, and the sums here are odd."""
+    top = (1 << bits) - 1
+    x = torch.full((1, taps, 1, 1), top, dtype=torch.uint8)
+    weight = torch.zeros(1, taps, 1, 1, dtype=torch.uint8)
+    weight[0, 0] = 1
+    expected = taps * top - 1
+    assert expected > 1 << 24
+    assert expected % 2 == 1
+    arguments = (x, weight, [1, 1], [1, 1], 1, bits)
+    for name, kernel in implementations().items():
+        if kernel.refuses(*arguments) is None:
+            assert kernel.run(*arguments).item() == expected, name
+    reason = implementations()["thermometer-convolution"].refuses(*arguments)
+    assert reason is not None
+
+
+def test_explain_names_the_implementation_of_every_layer_and_why_not_the_others():
+    model = nn.Sequential(AdderConv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), AdderLinear(36, 2)).eval()
+    x = torch.randn(2, 3, 5, 5)
+    quantized = redistribute(model, [x], weight_bits=8, activation_bits=8, progress=False).model
+    found = explain(quantized, x)
+    assert found.keys() == {"0", "3"}
+    assert found == explain(pack(quantized), x)
+    for text in found.values():
+        assert "thermometer-product: the thermometer of a 8-bit code has 255 places" in text
+        assert text.count(": runs") == 1
+    assert not quantized.training
+    assert not any(module._forward_hooks for module in quantized.modules())
+
+
+def test_explain_sees_the_distances_of_rows():
+    tied = TiedGrid(TiedSpec(4), torch.tensor([0.1]), torch.zeros(1), torch.zeros(0, dtype=torch.int64))
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.distance = QuantAdderMatmul(tied)
+
+        def forward(self, x):
+            return self.distance(x, x)
+
+    model = Own().eval()
+    assert "thermometer-product" in explain(model, torch.randn(2, 3, 5, 4))["distance"]
+    assert explain(pack(model), torch.randn(2, 3, 5, 4)).keys() == {"distance"}
+
+
+# Weights on levels of their own -----------------------------------------------------------------------------------
+
+
+@settings(max_examples=50)
+@given(
+    levels=st.lists(st.floats(-5, 5), min_size=2, max_size=9, unique=True).map(sorted),
+    groups=st.integers(1, 2),
+    stride=st.tuples(*[st.integers(1, 2)] * 2),
+    dilation=st.tuples(*[st.integers(1, 2)] * 2),
+    seed=st.integers(0, 2**31),
+)
+def test_weights_on_levels_of_any_spacing_meet_reals_in_one_convolution(levels, groups, stride, dilation, seed):
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.tensor(levels, dtype=torch.float64)
+    codes = torch.randint(0, len(levels), (4, 2, 2, 3), generator=generator).to(torch.uint8)
+    x = 4 * torch.randn(2, 2 * groups, 6, 7, generator=generator, dtype=torch.float64)
+    out = level_distance_conv2d(x, codes, table, stride=stride, dilation=dilation, groups=groups)
+    expected = oracles.adder2d(x, table[codes.long()], stride, (0, 0), dilation, groups)
+    # Some 12 taps of 9 differences below 30: a hundred roundings of sums below 400.
+    torch.testing.assert_close(out, expected, rtol=0, atol=100 * 400 * 2**-52)
+
+
+# Files ------------------------------------------------------------------------------------------------------------
+
+
+def network() -> nn.Sequential:
+    layers = [nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()]
+    layers += [AdderConv2d(6, 8, 3, stride=2, padding=1, padding_mode="reflect"), nn.BatchNorm2d(8), nn.ReLU()]
+    layers += [AdderConv2d(8, 8, 3, groups=2, bias=True), nn.BatchNorm2d(8), nn.Flatten(), AdderLinear(32, 10)]
+    return nn.Sequential(*layers, nn.BatchNorm1d(10), nn.Linear(10, 4))
+
+
+def trained() -> tuple[nn.Sequential, torch.Tensor]:
+    """A network whose batch norms have seen data."""
+    model, x = network().train(), torch.randn(16, 3, 8, 8)
+    for _ in range(30):
+        model(x)
+    return model.eval(), x
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("edge_bits", [8, 32])
+def test_a_packed_network_comes_back_from_its_file_bit_for_bit(bits, edge_bits, tmp_path):
+    model, x = trained()
+    options = {"weight_bits": bits, "activation_bits": bits, "edge_bits": edge_bits, "progress": False}
+    quantized = redistribute(model, [x], **options).model
+    packed = pack(quantized)
+    save_packed(packed, tmp_path / "model.safetensors")
+    loaded = load_packed(tmp_path / "model.safetensors", network())
+    with torch.no_grad():
+        assert torch.equal(packed(x), quantized(x))
+        assert torch.equal(loaded(x), packed(x))
+    assert loaded[3].kernels.tied.spec == TiedSpec(bits)
+    assert loaded[3].path == "3"
+    save_packed(pack(quantized), tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_a_packed_layer_takes_its_bits_a_weight_and_one_scale(bits):
+    spec = TiedSpec(bits)
+    tied = TiedGrid(spec, torch.ones(1), torch.zeros(1), torch.zeros(64, dtype=torch.int64))
+    packed = pack(QuantAdderConv2d(64, 64, 3, tied=tied))
+    # Scale and zero point are 64 bits, a group and an offset for each kernel 96, and the last word is filled.
+    most = bits + (64 + 64 * 96 + 32) / (64 * 64 * 9)
+    assert bits < bits_per_weight(packed) <= most
+    assert packed.kernels.words.dtype == torch.int32
+    assert "weight" not in packed.state_dict()
+
+
+def test_packed_kernels_with_groups_of_two_sorts_survive_a_file(tmp_path):
+    tied = TiedGrid(
+        TiedSpec(4, 2), torch.tensor([0.1, 0.4]), torch.zeros(2), torch.tensor([0, 1, 1, 0]), learnable=True
+    )
+    layer = QuantAdderConv2d(4, 4, 3, groups=2, tied=tied, path="first")
+    packed = pack(nn.Sequential(layer))
+    save_packed(packed, tmp_path / "model.safetensors")
+    loaded = load_packed(tmp_path / "model.safetensors", nn.Sequential(AdderConv2d(4, 4, 3, groups=2)))
+    x = torch.randn(2, 4, 6, 6)
+    assert torch.equal(loaded(x), nn.Sequential(layer)(x).detach())
+    assert loaded[0].kernels.tied.sizes == (2, 2)
+    assert not list(loaded[0].kernels.parameters())
+
+
+def test_distances_of_rows_survive_a_file(tmp_path):
+    class Own(nn.Module):
+        def __init__(self, distance):
+            super().__init__()
+            self.distance = distance
+
+        def forward(self, x):
+            return self.distance(x, x)
+
+    tied = TiedGrid(TiedSpec(5), torch.tensor([0.2]), torch.tensor([16.0]), torch.zeros(0, dtype=torch.int64))
+    packed = pack(Own(QuantAdderMatmul(tied, path="distance")))
+    save_packed(packed, tmp_path / "model.safetensors")
+    loaded, x = load_packed(tmp_path / "model.safetensors", Own(AdderMatmul())), torch.randn(2, 5, 3)
+    assert torch.equal(loaded(x), packed(x))
+    assert loaded.distance.path == "distance"
+
+
+def test_the_skeleton_of_another_architecture_is_refused(tmp_path):
+    model, x = trained()
+    path = save_packed(pack(redistribute(model, [x], progress=False).model), tmp_path / "model.safetensors")
+    other = network()
+    other[3] = AdderConv2d(6, 8, 5, stride=2, padding=1, padding_mode="reflect")
+    with pytest.raises(FormatError, match=r"kernels of shape \(8, 6, 5, 5\), the file ones of shape \(8, 6, 3, 3\)"):
+        load_packed(path, other)
+    other[3] = AdderConv2d(6, 8, 3, stride=1, padding=1, padding_mode="reflect")
+    with pytest.raises(FormatError, match=r"3 is a convolution with .*stride=\[1, 1\]"):
+        load_packed(path, other)
+    other[3] = nn.Conv2d(6, 8, 3, stride=2, padding=1, padding_mode="reflect")
+    with pytest.raises(FormatError, match=r"a Conv2d has no packed form of its own"):
+        load_packed(path, other)
+
+
+def test_a_model_that_is_not_packed_is_not_saved(tmp_path):
+    model, x = trained()
+    quantized = redistribute(model, [x], progress=False).model
+    with pytest.raises(StateError, match=r"3 holds a QuantAdderConv2d: call pack\(\) before save_packed\(\)"):
+        save_packed(quantized, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_packing_leaves_the_quantized_model_as_it_was():
+    model, x = trained()
+    quantized = redistribute(model, [x], progress=False).model
+    before, state = quantized(x), {name: value.clone() for name, value in quantized.state_dict().items()}
+    pack(quantized)
+    assert torch.equal(quantized(x), before)
+    assert all(torch.equal(value, state[name]) for name, value in quantized.state_dict().items())
+
+
+def test_the_state_of_a_packed_layer_can_be_loaded_into_another():
+    tied = TiedGrid(TiedSpec(3), torch.tensor([0.3]), torch.zeros(1), torch.zeros(4, dtype=torch.int64))
+    one, other = (pack(QuantAdderLinear(6, 4, tied=tied)) for _ in range(2))
+    x = torch.rand(5, 6)
+    assert not torch.equal(one(x), other(x))
+    other.load_state_dict(one.state_dict(), strict=True)
+    assert torch.equal(one(x), other(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_packed_model_keeps_its_precision_when_it_is_cast(dtype):
+    tied = TiedGrid(TiedSpec(6), torch.tensor([0.0313]), torch.zeros(1), torch.zeros(3, dtype=torch.int64))
+    layer = QuantAdderConv2d(4, 3, 3, tied=tied)
+    packed, x = pack(layer), torch.rand(2, 4, 5, 5).to(dtype)
+    cast = copy.deepcopy(packed).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert cast.kernels.constant.dtype == cast.kernels.tied.scale.dtype == wide
+    with torch.no_grad():
+        if dtype != torch.float64:
+            assert torch.equal(cast(x), packed(x))
+            assert torch.equal(cast(x), layer(x))
+        # In float64 the sum of distance and constant rounds later than in float32, where they are below 100.
+        torch.testing.assert_close(cast(x), packed(x), rtol=0, atol=100 * 2**-22)
+
+
+def test_deep_copies_compute_the_same_and_are_independent():
+    tied = TiedGrid(TiedSpec(4), torch.tensor([0.1, 0.2]), torch.zeros(2), torch.tensor([0, 1, 0]))
+    x = torch.rand(2, 5)
+    for layer in (QuantAdderLinear(5, 3, tied=tied), pack(QuantAdderLinear(5, 3, tied=tied))):
+        twin = copy.deepcopy(layer)
+        before = layer(x)
+        assert torch.equal(twin(x), before)
+        (twin.tied if isinstance(twin, QuantAdderLinear) else twin.kernels.tied).scale.mul_(2)
+        assert torch.equal(layer(x), before)
+        assert not torch.equal(twin(x), before)
+
+
+def test_a_network_of_ordinary_layers_is_packed_as_ever():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(36, 2)).eval()
+    x = torch.randn(4, 3, 5, 5)
+    packed = pack(nearest(model, [x], weight_bits=4, activation_bits=4, edge_bits=4, progress=False).model)
+    # Two layers of 108 and 72 codes of 4 bits, with a scale of 32 bits for each of 6 outputs, in whole words.
+    assert bits_per_weight(packed) == pytest.approx((112 * 4 + 72 * 4 + 6 * 32) / 180, abs=32 / 180)

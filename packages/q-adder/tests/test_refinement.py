@@ -1,0 +1,100 @@
+import copy
+
+import pytest
+import torch
+from q_adder import AdderConv2d, redistribute
+from q_adder.refinement import search_ranges, trainable
+from q_core import MatchError, RangeError
+from torch import nn
+
+
+def network():
+    torch.manual_seed(3)
+    layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), AdderConv2d(6, 8, 3), nn.BatchNorm2d(8, momentum=None), nn.ReLU(), AdderConv2d(8, 5, 3)]
+    model = nn.Sequential(*layers)
+    with torch.no_grad():
+        for layer in (layers[2], layers[5]):
+            layer.weight *= 4  # wider than the inputs, as in a trained network
+    model(torch.randn(64, 3, 12, 12))  # statistics for the batch norm
+    return model.eval()
+
+
+@pytest.fixture
+def quantized():
+    model, batch = network(), torch.randn(32, 3, 12, 12)
+    return model, batch, redistribute(model, [batch], weight_bits=2, activation_bits=2, progress=False).model
+
+
+def error(model, quantized, batch):
+    with torch.no_grad():
+        return float((model(batch) - quantized(batch)).square().mean())
+
+
+def test_searched_ranges_lower_the_error_of_the_output(quantized):
+    model, batch, twin = quantized
+    before = error(model, twin, batch)
+    factors = search_ranges(twin, model, batch)
+    assert set(factors) == {"2", "5"}
+    assert error(model, twin, batch) < before
+
+
+def test_with_one_factor_of_one_nothing_but_the_means_changes(quantized):
+    model, batch, twin = quantized
+    scales = [module.tied.scale.clone() for module in twin.modules() if hasattr(module, "tied")]
+    assert search_ranges(twin, model, batch, factors=(1.0,)) == {"2": 1.0, "5": 1.0}
+    assert scales == [module.tied.scale for module in twin.modules() if hasattr(module, "tied")]
+
+
+def test_the_search_gives_every_channel_the_mean_of_the_float_model(quantized):
+    model, batch, twin = quantized
+    search_ranges(twin, model, batch)
+    with torch.no_grad():
+        # Sums of 54 and 72 differences below 20 in float32: 1e-4 is some ten units in the last place.
+        torch.testing.assert_close(twin(batch).mean((0, 2, 3)), model(batch).mean((0, 2, 3)), atol=1e-4, rtol=0)
+
+
+def test_the_float_model_is_not_changed(quantized):
+    model, batch, twin = quantized
+    before = copy.deepcopy(model.state_dict())
+    search_ranges(twin, model, batch)
+    trained = trainable(twin)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.1)
+    trained(batch).square().mean().backward()
+    optimizer.step()
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_trainable_copy_learns_by_distillation(quantized):
+    model, batch, twin = quantized
+    trained = trainable(twin).eval()
+    optimizer = torch.optim.Adam(trained.parameters(), lr=0.01)
+    before = error(model, trained, batch)
+    for _ in range(30):
+        loss = (trained(batch) - model(batch).detach()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert error(model, trained, batch) < 0.8 * before
+    learned = [module.tied.scale for module in trained.modules() if hasattr(module, "tied")]
+    fixed = [module.tied.scale for module in twin.modules() if hasattr(module, "tied")]
+    assert all(not torch.equal(a, b) for a, b in zip(learned, fixed, strict=True))
+
+
+def test_a_trainable_copy_starts_with_the_outputs_of_the_model(quantized):
+    _, batch, twin = quantized
+    with torch.no_grad():
+        assert torch.equal(trainable(twin).eval()(batch), twin(batch))
+
+
+def test_what_is_not_quantized_is_refused():
+    with pytest.raises(MatchError, match="redistribute"):
+        search_ranges(network(), network(), torch.randn(1, 3, 12, 12))
+    with pytest.raises(MatchError, match="redistribute"):
+        trainable(network())
+
+
+def test_factors_that_are_not_positive_are_refused(quantized):
+    model, batch, twin = quantized
+    with pytest.raises(RangeError, match="factors"):
+        search_ranges(twin, model, batch, factors=(0.5, 0.0))
