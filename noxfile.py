@@ -171,13 +171,25 @@ def zoo(session: nox.Session) -> None:
     session.run("pytest", "packages", "-m", "zoo", *session.posargs)
 
 
+SUITES = {"ptq": "ptq.py", "adder": "adder.py", "adder-deit": "adder_deit.py"}
+
+
 @nox.session
 def accuracy(session: nox.Session) -> None:
-    """Measure accuracy on real images: `nox -s accuracy -- --data DIR`."""
+    """Measure accuracy on real images: `nox -s accuracy -- --data DIR [--suite NAME]`."""
     install(session, *PACKAGES, tools=["pillow>=10"])
-    if "--data" not in session.posargs:
+    arguments = list(session.posargs)
+    if "--data" not in arguments:
         session.error("say where the images and networks are: nox -s accuracy -- --data DIR")
-    session.run("python", "benchmarks/accuracy/ptq.py", *session.posargs)
+    suites = list(SUITES)
+    if "--suite" in arguments:
+        place = arguments.index("--suite")
+        suites = arguments[place + 1 : place + 2]
+        del arguments[place : place + 2]
+    for suite in suites:
+        if suite not in SUITES:
+            session.error(f"--suite {suite}: there are {', '.join(SUITES)}")
+        session.run("python", f"benchmarks/accuracy/{SUITES[suite]}", *arguments)
 
 
 @nox.session

@@ -63,9 +63,56 @@ def read(area: str, cell: Callable[[Row], tuple[Any, ...]]) -> list[Row]:
 def accuracy() -> str:
     """One section per network: observers and granularities down, bits across."""
     rows = read("accuracy", lambda row: (row["dataset"], row["network"], row["method"], bits(row), *variant(row)))
+    rows = [row for row in rows if "variant" not in row["settings"]]
     networks = sorted({(row["dataset"], row["network"]) for row in rows})
     sections = [section(*key, [row for row in rows if (row["dataset"], row["network"]) == key]) for key in networks]
     return "\n\n".join(sections) or EMPTY
+
+
+ADDER_BITS = ("W8A8", "W6A6", "W5A5", "W4A4", "W3A3", "W2A2")
+
+
+def adder_accuracy() -> str:
+    """One section per network: variants down, bits across."""
+
+    def cell(row: Row) -> tuple[Any, ...]:
+        return row["network"], row["settings"].get("variant"), row["settings"].get("alpha"), bits(row), row["seed"]
+
+    rows = [row for row in read("accuracy", cell) if "variant" in row["settings"]]
+    sections = []
+    for network in dict.fromkeys(row["network"] for row in rows):
+        own = [row for row in rows if row["network"] == network]
+        exact = next((f"{row['value']:.2f}" for row in own if row["method"] == "float"), "")
+        cells: dict[tuple[str, str], list[float]] = {}
+        for row in own:
+            if row["method"] != "float":
+                alpha = row["settings"].get("alpha")
+                name = row["settings"]["variant"] + ("" if alpha is None else f" = {alpha}")
+                cells.setdefault((name, bits(row)), []).append(row["value"])
+        names = dict.fromkeys(name for name, _ in cells)
+        lines = [[name, exact, *(mean_and_spread(cells.get((name, b), [])) for b in ADDER_BITS)] for name in names]
+        labels = distinct("yes" if row["settings"].get("labels") else "no" for row in own if row["method"] != "float")
+        sections += [
+            f"### {network}",
+            table(["variant", "FP32", *ADDER_BITS], lines, left=1),
+            f"Top-1 accuracy in percent on {distinct(row['samples'] for row in own)} images of "
+            f"{distinct(row['dataset'] for row in own)}. Labels used: {labels}. "
+            f"Seeds: {distinct(row['seed'] for row in own)}. "
+            f"Float checkpoint: {distinct(row['checkpoint_sha256'][:12] for row in own)}. Commit: {commits(own)}.",
+            "Stays float: "
+            + "; ".join(dict.fromkeys(part for row in own if row["method"] != "float" for part in row["stays_float"]))
+            + ".",
+            machine(own),
+            "\n".join(["```console", *dict.fromkeys(row["command"] for row in own), "```"]),
+        ]
+    return "\n\n".join(sections) or EMPTY
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Show one value, or the mean of several with the least and the largest."""
+    if len(values) < 2:
+        return "".join(f"{value:.2f}" for value in values)
+    return f"{sum(values) / len(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def bits(row: Row) -> str:
@@ -261,7 +308,7 @@ def table(head: list[str], lines: list[list[str]], *, left: int) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
 
 
-BLOCKS = {"accuracy": accuracy, "speed": speed, "adder-speed": adder_speed}
+BLOCKS = {"accuracy": accuracy, "adder-accuracy": adder_accuracy, "speed": speed, "adder-speed": adder_speed}
 
 if __name__ == "__main__":
     main()

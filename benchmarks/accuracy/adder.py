@@ -2,14 +2,16 @@
 
     nox -s accuracy -- --data DIR --suite adder [--resume]
 
-Ranges come from 202 batches of 128 training images, cropped and flipped, as in the released pipeline; means are corrected on the
-first 1,024 training images as they are. What is evaluated is the packed model, which computes on integers. Rows are appended to
-`benchmarks/results/accuracy/adder.jsonl`; the tables in the documentation are generated from that file.
+Ranges come from 202 batches of 128 training images, cropped and flipped at random (the seed), as in the released
+pipeline; means are corrected on the first 1,024 training images as they are. What is evaluated is the packed model,
+which computes on integers. Rows are appended to `benchmarks/results/accuracy/adder.jsonl`; the tables in the
+documentation are generated from that file.
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import sys
@@ -29,6 +31,7 @@ from q_adder import (
     OneScale,
     OneSided,
     Published,
+    Redistributed,
     Scheme,
     correct_means,
     redistribute,
@@ -38,13 +41,13 @@ from q_adder import redistribution as parts
 from q_adder.layers import AdderConv2d
 from q_adder.ranges import order_statistic, released_statistic
 from q_adder.refinement import search_ranges
-from q_core import Quantized, bits_per_weight, pack
+from q_core import bits_per_weight, pack
 from q_core.cli.rows import TOP1, AccuracyRow, append_jsonl, environment, float_parts, state_sha256
 
 NETWORK = "cifar10-adder-resnet20"
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results" / "accuracy" / "adder.jsonl"
 ALPHA = 0.9997  # of the released code, which applies it twice
-RANGE_BATCHES, BATCH, CALIBRATION_IMAGES, SEARCH_IMAGES, SEED = 202, 128, 1024, 256, 0
+RANGE_BATCHES, BATCH, CALIBRATION_IMAGES, SEARCH_IMAGES = 202, 128, 1024, 256
 REESTIMATION_BATCHES = 202
 
 
@@ -60,6 +63,7 @@ class Variant:
         search: Whether ranges are searched for.
         batchnorm: Whether batch norms are estimated anew.
         alpha: Fraction of inputs that is kept by the order statistic of the paper; None is the released rule.
+        seeds: Of the crops and flips from which ranges come.
     """
 
     name: str
@@ -69,13 +73,14 @@ class Variant:
     search: bool = False
     batchnorm: bool = False
     alpha: float | None = None
+    seeds: tuple[int, ...] = (0,)
 
 
 ONE_SIDED = OneSided()
 SWEEP = (0.9985, 0.9990, 0.9995, 1.0)  # of table 3 of the supplement
 VARIANTS = (
-    Variant("one-sided", ONE_SIDED, (8, 6, 5, 4, 3, 2)),
-    Variant("one-sided, means", ONE_SIDED, (8, 6, 5, 4, 3, 2), means=True),
+    Variant("one-sided", ONE_SIDED, (8, 6, 5, 4, 3, 2), seeds=(0, 1, 2)),
+    Variant("one-sided, means", ONE_SIDED, (8, 6, 5, 4, 3, 2), means=True, seeds=(0, 1, 2)),
     Variant("one-sided, four groups, means", OneSided(groups=4), (4, 3), means=True),
     Variant("one-sided, batch norm", ONE_SIDED, (4, 3, 2), batchnorm=True),
     Variant("one-sided, search, means", ONE_SIDED, (8, 4, 3, 2), means=True, search=True),
@@ -99,22 +104,27 @@ def main() -> None:
     session = Session(arguments.data, recorded() if arguments.resume else set())
     session.check_float()
     for variant in VARIANTS:
-        for bits in variant.bits:
-            session.run(variant, bits)
+        for bits, seed in itertools.product(variant.bits, variant.seeds):
+            session.run(variant, bits, seed)
 
 
-def recorded() -> set[tuple[str, int, float | None]]:
+Cell = tuple[str, int, float | None, int]
+
+
+def recorded() -> set[Cell]:
     """Cells whose row is in the results."""
     if not RESULTS.exists():
         return set()
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    return {(row["settings"].get("variant"), row["weight_bits"], row["settings"].get("alpha")) for row in rows}
+    return {
+        (row["settings"].get("variant"), row["weight_bits"], row["settings"].get("alpha"), row["seed"]) for row in rows
+    }
 
 
 class Session:
     """The network with its images and the ranges of its inputs, and the rows measured on it."""
 
-    def __init__(self, data: pathlib.Path, done: set[tuple[str, int, float | None]]) -> None:
+    def __init__(self, data: pathlib.Path, done: set[Cell]) -> None:
         self.network, self.data, self.done = ADDERS[NETWORK], data, done
         self.model: nn.Module = self.network.load(data, NETWORK)
         self.images, self.labels = self.network.test(data)
@@ -128,11 +138,11 @@ class Session:
         print(f"{NETWORK}: float {hits} of {len(self.labels)} correct, published {self.network.correct}", flush=True)
         if hits != self.network.correct:
             raise SystemExit("the float network does not reproduce its published accuracy")
-        if ("float", 32, None) not in self.done:
-            self.record(Variant("float", ONE_SIDED, (32,)), 32, hits, {}, ("everything",))
+        if ("float", 32, None, 0) not in self.done:
+            self.record(Variant("float", ONE_SIDED, (32,)), 32, 0, hits, {}, ("everything",))
 
     @functools.cache  # noqa: B019 - one session a process
-    def ranges(self, alpha: float | None) -> dict[str, InputRange]:
+    def ranges(self, alpha: float | None, seed: int) -> dict[str, InputRange]:
         """Observe the inputs of every adder layer."""
         make: Callable[[], InputRange] = (
             functools.partial(ExactRange, ALPHA, released_statistic)
@@ -140,17 +150,17 @@ class Session:
             else functools.partial(ExactRange, alpha, order_statistic)
         )
         layers = {path: layer for path, layer in self.model.named_modules() if isinstance(layer, AdderConv2d)}
-        batches = self.network.augmented(self.data, RANGE_BATCHES, BATCH, SEED)
+        batches = self.network.augmented(self.data, RANGE_BATCHES, BATCH, seed)
         return parts.observe_inputs(self.model, batches, layers, make)
 
-    def quantize(self, variant: Variant, bits: int) -> Quantized:
+    def quantize(self, variant: Variant, bits: int, seed: int) -> Redistributed:
         result = redistribute(
             self.model,
             self.calibration,
             weight_bits=bits,
             activation_bits=bits,
             scheme=variant.scheme,
-            input_range=self.ranges(variant.alpha),
+            input_range=self.ranges(variant.alpha, seed),
             mean_correction=False,
             progress=False,
         )
@@ -159,15 +169,15 @@ class Session:
         if variant.means:
             correct_means(result.model, self.model, self.calibration)
         if variant.batchnorm:
-            batches = self.network.augmented(self.data, REESTIMATION_BATCHES, BATCH, SEED + 1)
+            batches = self.network.augmented(self.data, REESTIMATION_BATCHES, BATCH, seed + 100)
             reestimate_batchnorm(result.model, batches, REESTIMATION_BATCHES)
         return result
 
-    def run(self, variant: Variant, bits: int) -> None:
-        if (variant.name, bits, variant.alpha) in self.done:
+    def run(self, variant: Variant, bits: int, seed: int) -> None:
+        if (variant.name, bits, variant.alpha, seed) in self.done:
             return
         start = time.perf_counter()
-        result = self.quantize(variant, bits)
+        result = self.quantize(variant, bits, seed)
         packed = pack(result.model)
         settings: dict[str, Any] = {
             "scheme": repr(variant.scheme),
@@ -179,15 +189,17 @@ class Session:
             "calibration_images": CALIBRATION_IMAGES if variant.means else 0,
             "calibration_seconds": round(time.perf_counter() - start, 2),
             "bits_per_weight": round(bits_per_weight(packed), 3),
-            "layers_where_groups_differ": sum(len(layer.scales) > 1 for layer in result.layers),  # type: ignore[attr-defined]
+            "layers_where_groups_differ": sum(len(layer.scales) > 1 for layer in result.layers),
         }
         hits = correct(packed, self.images, self.labels)
-        self.record(variant, bits, hits, settings, float_parts(result.model, result.swap))
+        self.record(variant, bits, seed, hits, settings, float_parts(result.model, result.swap))
         alpha = "" if variant.alpha is None else f" {variant.alpha}"
-        print(f"W{bits}A{bits} {variant.name + alpha:40} {100 * hits / len(self.labels):6.2f} %", flush=True)
+        print(
+            f"W{bits}A{bits} seed {seed} {variant.name + alpha:40} {100 * hits / len(self.labels):6.2f} %", flush=True
+        )
 
     def record(
-        self, variant: Variant, bits: int, hits: int, settings: dict[str, Any], floats: tuple[str, ...]
+        self, variant: Variant, bits: int, seed: int, hits: int, settings: dict[str, Any], floats: tuple[str, ...]
     ) -> None:
         row = AccuracyRow(
             network=NETWORK,
@@ -195,7 +207,7 @@ class Session:
             method="float" if bits == 32 else "redistribute",
             weight_bits=bits,
             activation_bits=bits,
-            seed=SEED,
+            seed=seed,
             metric=TOP1,
             value=100 * hits / len(self.labels),
             samples=len(self.labels),

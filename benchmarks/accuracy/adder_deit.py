@@ -1,10 +1,12 @@
 """An adder vision transformer at the scale of CIFAR: train it a little, then quantize it with the signed clamp.
 
+    nox -s accuracy -- --data DIR --suite adder-deit
     python benchmarks/accuracy/adder_deit.py --data DIR [--steps 400] [--out out/adder-deit]
 
-No trained adder transformer is published, so this one is trained here: the layout of DeiT-Tiny with 4 blocks of width 96
-on patches of 4 x 4, for a few hundred steps on CIFAR-10. That is far from converged. It shows that the loss falls, and
-what bits cost where the inputs of adder layers are signed: behind a layer norm, kernels are clamped to both sides of zero.
+No trained adder transformer is published, so this one is trained here: the layout of DeiT-Tiny with 4 blocks of width
+96 on patches of 4 x 4, for a few hundred steps on CIFAR-10. That is far from converged. It shows that the loss falls,
+and what bits cost where the inputs of adder layers are signed: behind a layer norm, kernels are clamped to both sides
+of zero.
 
 Prints the loss as it goes, and appends rows to `benchmarks/results/accuracy/adder.jsonl`. With one thread a seed gives
 the same figures again on the same machine.
@@ -12,6 +14,7 @@ the same figures again on the same machine.
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import sys
 import time
@@ -48,7 +51,11 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, default=10_000, help="how many of the test images to evaluate on")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/adder-deit"), help="for the weights")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="file that the rows are appended to")
+    parser.add_argument("--resume", action="store_true", help="do nothing if all rows are in the results already")
     options = parser.parse_args()
+    if options.resume and recorded(options.results) >= {32, *BITS}:
+        print(f"{options.results} holds all rows of {NETWORK}")
+        return
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     (images, labels), test = read(options.data, "cifar10-train-1"), read(options.data, "cifar10-test")
@@ -56,9 +63,10 @@ def main() -> None:
     model = deit_tiny(10, **SIZE)
     start = time.perf_counter()
     losses = train(model, images, labels, options.steps)
-    first, last = (sum(part) / len(part) for part in (losses[:SHOWN], losses[-SHOWN:]))
+    few = min(SHOWN, len(losses) // 2)
+    first, last = sum(losses[:few]) / few, sum(losses[-few:]) / few
     seconds = time.perf_counter() - start
-    print(f"loss {first:.3f} in the first {SHOWN} steps, {last:.3f} in the last; {seconds:.0f} seconds")
+    print(f"loss {first:.3f} in the first {few} steps, {last:.3f} in the last; {seconds:.0f} seconds")
     if not last < first:
         raise SystemExit("the loss did not fall: training went wrong")
     write_atomically(options.out / "model.safetensors", lambda path: save_file(model.state_dict(), path))
@@ -68,6 +76,12 @@ def main() -> None:
     for bits in BITS:
         result = redistribute(model, calibration, weight_bits=bits, activation_bits=bits)
         recorder.write(result, bits, correct(result.model, *test), len(test[1]))
+
+
+def recorded(results: pathlib.Path) -> set[int]:
+    """Bits whose row is in the results; 32 is the float network."""
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    return {row["weight_bits"] for row in rows if row["network"] == NETWORK}
 
 
 def read(data: pathlib.Path, name: str) -> tuple[Tensor, Tensor]:
@@ -107,7 +121,7 @@ class Recorder:
         self.settings = {**SIZE, "steps": options.steps, "batch": BATCH, **settings}
 
     def write(self, result: Redistributed | None, bits: int, hits: int, samples: int) -> None:
-        settings, floats = dict(self.settings), ("everything",)
+        settings, floats = {**self.settings, "variant": "float"}, ("everything",)
         if result is not None:
             schemes = {"signed" if layer.reach[0] < 0 else "one-sided" for layer in result.layers}
             settings |= {"variant": f"{' and '.join(sorted(schemes))}, means", "edge_bits": 32}
@@ -126,12 +140,12 @@ class Recorder:
             samples=samples,
             stays_float=floats,
             settings=settings,
-            command=f"python benchmarks/accuracy/adder_deit.py --data DIR --steps {self.options.steps}",
+            command=f"nox -s accuracy -- --data DIR --suite adder-deit --steps {self.options.steps}",
             checkpoint_sha256=self.checkpoint,
             **dataclasses.asdict(environment()),
         )
         append_jsonl(self.options.results, row)
-        what = "float" if result is None else f"W{bits}A{bits}, {settings['variant']}"
+        what = settings["variant"] if result is None else f"W{bits}A{bits}, {settings['variant']}"
         print(f"{NETWORK} {what}: {row.value:.2f} % of {samples} test images", flush=True)
 
 

@@ -18,6 +18,7 @@ from q_adder import (
     TiedGrid,
     TiedSpec,
     adder2d,
+    ops,
     redistribute,
 )
 from q_adder.refinement import trainable
@@ -80,8 +81,9 @@ def test_a_layer_and_its_levels_must_have_as_many_kernels():
 
 
 @settings(max_examples=60)
-@given(tied=cases.grids(5), seed=st.integers(0, 2**31))
-def test_every_kernel_lies_on_the_levels_of_its_group(tied, seed):
+@given(grid=cases.grids(5), seed=cases.SEEDS)
+def test_every_kernel_lies_on_the_levels_of_its_group(grid, seed):
+    tied = grid.build()
     weight = 3 * torch.randn(5, 7, generator=torch.Generator().manual_seed(seed))
     levels = tied.weight(weight)
     for kernel, group, found in zip(weight, tied.group_of.tolist(), levels, strict=True):
@@ -94,8 +96,9 @@ def test_every_kernel_lies_on_the_levels_of_its_group(tied, seed):
 
 
 @settings(max_examples=60)
-@given(tied=cases.grids(4), seed=st.integers(0, 2**31))
-def test_what_the_clamp_absorbs_is_the_distance_of_weights_to_the_range(tied, seed):
+@given(grid=cases.grids(4), seed=cases.SEEDS)
+def test_what_the_clamp_absorbs_is_the_distance_of_weights_to_the_range(grid, seed):
+    tied = grid.build()
     weight = 3 * torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
     low, high = (end.double() for end in tied.range())
     if tied.spec.weight_step == 2:
@@ -211,13 +214,13 @@ def gradient_oracle(layer: QuantAdderConv2d, x, grad):
     stride=st.tuples(*[st.integers(1, 2)] * 2),
     padding=st.tuples(*[st.integers(0, 1)] * 2),
     dilation=st.tuples(*[st.integers(1, 2)] * 2),
-    tied=cases.grids(4, 3),
+    grid=cases.grids(4, 3),
     seed=st.integers(0, 2**31),
 )
-def test_gradients_are_the_published_ones_on_the_quantized_reals(channel_groups, stride, padding, dilation, tied, seed):
+def test_gradients_are_the_published_ones_on_the_quantized_reals(channel_groups, stride, padding, dilation, grid, seed):
     generator = torch.Generator().manual_seed(seed)
-    learnable = TiedGrid(tied.spec, tied.scale, tied.zero_point, tied.group_of, learnable=True)
-    layer = QuantAdderConv2d(4, 4, (3, 2), stride, padding, dilation, channel_groups, tied=learnable).double()
+    tied = grid.build(learnable=True)
+    layer = QuantAdderConv2d(4, 4, (3, 2), stride, padding, dilation, channel_groups, tied=tied).double()
     layer.weight.data = 3 * torch.randn(layer.weight.shape, dtype=torch.float64, generator=generator)
     x = 3 * torch.randn(2, 4, 6, 5, dtype=torch.float64, generator=generator)
     out = layer(x.requires_grad_())
@@ -414,3 +417,18 @@ def test_a_quantized_model_exports():
     exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
     images = torch.rand(4, 3, 7, 7)
     assert torch.equal(exported.module()(images), model(images))
+
+
+@apply([*compiled, pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_operators_on_levels_and_codes_pass_opcheck(dtype):
+    scale, zero = torch.tensor([0.25], dtype=dtype), torch.tensor([7.0], dtype=dtype)
+    codes = [torch.randint(0, 16, (3, rows, 4), dtype=torch.uint8) for rows in (5, 6)]
+    a, b = (((rows - zero) * scale).requires_grad_() for rows in codes)
+    torch.library.opcheck(ops.tied_distance_matmul, (a, b, scale, zero, 4))
+    torch.library.opcheck(ops.code_distance_matmul, (*codes, 4))
+    torch.library.opcheck(ops.as_bytes, (codes[0].to(dtype),))
+    images = ((torch.randint(0, 16, (2, 4, 7, 6)) - zero) * scale).requires_grad_()
+    # Kernels may lie beyond the codes of the input.
+    kernels = (torch.randint(-20, 40, (4, 2, 3, 2)) * scale).requires_grad_()
+    torch.library.opcheck(ops.tied_distance_conv2d, (images, kernels, scale, zero, 4, [2, 1], [1, 2], 2))

@@ -134,7 +134,7 @@ def test_inputs_of_any_dtype_and_shape_are_taken(kind, dtype):
     assert (seen.magnitude(), *seen.interval()) == (flat.magnitude(), *flat.interval())
 
 
-@pytest.mark.parametrize("alpha", [0, -0.1, 1.0001, 2, math.nan])
+@pytest.mark.parametrize("alpha", [0.0, -0.1, 1.0001, 2.0, math.nan])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fraction_that_is_kept_is_a_fraction(kind, alpha):
     with pytest.raises(RangeError, match=rf"alpha={alpha}: the fraction of inputs that is kept must be in \(0, 1\]"):

@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-
 from fractions import Fraction
 
 import pytest
@@ -204,7 +203,7 @@ def test_one_scale_covers_weights_and_inputs_and_makes_up_for_nothing():
     narrow = quantized(layer, OneScale(cover_weights=False), x, 8)
     torch.testing.assert_close(float(narrow.tied.scale), 2 * float(x.max()) / 255, rtol=1e-6, atol=0)
     assert torch.equal(narrow.tied.absorbed(narrow.weight), torch.zeros(3))
-    assert float(narrow.weight.abs().max()) < 1.1 * float(x.max())
+    assert float(narrow.weight.detach().abs().max()) < 1.1 * float(x.max())
     assert layer.weight[0, 0] == 12
 
 
@@ -390,6 +389,8 @@ class Twice(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 4, 3, padding=1)
         self.adder = AdderConv2d(4, 4, 3, padding=1)
+        # As wide as trained weights are: else the range of the weights would cut the inputs of the second call.
+        self.adder.weight.data *= 8
         self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
         self.again = self.adder
         self.head = AdderConv2d(4, 5, 3)
@@ -406,16 +407,20 @@ def test_a_layer_that_runs_twice_is_quantized_once_for_both():
     result = redistribute(model, x.split(16), progress=False)
     assert result.model.again is result.model.adder
     assert [layer.path for layer in result.layers] == ["adder", "head"]
-    first, second = {}, {}
-    for kept, root in ((first, model), (second, result.model)):
-        handle = root.adder.register_forward_hook(lambda *call, kept=kept: kept.setdefault(len(kept), call[2]))
-        root(x)
-        handle.remove()
-    means = [sum(output.mean((0, 2, 3)) for output in kept.values()) for kept in (first, second)]
-    largest = max(float(output.detach().abs().max()) for output in first.values())
-    # The inputs of the second call change a little once the bias is the mean of what both calls wanted.
-    assert (means[0] - means[1]).abs().max() < 0.02 * largest
-    assert correlation(model(x), result.model(x)) > 0.999
+    assert correlation(model(x), result.model(x)) > 0.99
+    # One bias serves both calls: it makes up for the mean of what they lack.
+    plain = redistribute(model, x.split(16), mean_correction=False, progress=False).model
+    wanted, corrected, uncorrected = (both_means(root, x) for root in (model, result.model, plain))
+    assert (corrected - wanted).abs().max() < 0.5 * (uncorrected - wanted).abs().max()
+
+
+def both_means(model, x):
+    """The mean output of each channel over the two calls."""
+    outputs = []
+    handle = model.adder.register_forward_hook(lambda module, inputs, output: outputs.append(output.detach()))
+    model(x)
+    handle.remove()
+    return torch.cat(outputs).mean((0, 2, 3))
 
 
 def test_edges_are_quantized_when_asked_for():
@@ -649,7 +654,7 @@ def test_two_activations_share_the_levels_that_cover_both(rectified, bits):
     handle = model.distance.register_forward_pre_hook(lambda module, inputs: operands.extend(inputs))
     expected = model(x)
     handle.remove()
-    largest = max(float(operand.abs().max()) for operand in operands)
+    largest = max(float(operand.detach().abs().max()) for operand in operands)
     assert layer.tied.scale.item() == pytest.approx((1 if rectified else 2) * largest / TiedSpec(bits).top)
     # Five differences of two roundings; the uppermost of an even number of levels is half a step below the end.
     steps = 5 if rectified else 10

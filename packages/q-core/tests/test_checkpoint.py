@@ -41,7 +41,8 @@ from q_core import (
     save_packed,
     swap,
 )
-from q_core.checkpoint import _digest, write_atomically
+from q_core.checkpoint import _digest, describe, rebuild, write_atomically
+from q_core.packed import packed_form
 
 from .networks import (
     Inception,
@@ -655,3 +656,101 @@ def test_the_golden_file_is_written_as_it_was(path: pathlib.Path) -> None:
             headers.append(json.loads(opened.metadata()["q-pack"]))
     assert headers[0] == headers[1]
     assert_bit_equal(load_file(path), load_file(golden))
+
+
+# Quantized modules of other packages
+
+
+class Rounded(nn.Module):
+    """A float layer of another package, its quantized form and its packed form in one type each."""
+
+    def __init__(self, size: int, step: float = 1.0) -> None:
+        super().__init__()
+        self.step = step
+        self.weight = nn.Parameter(10 * torch.randn(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class QuantRounded(Rounded):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (self.weight / self.step).round() * self.step
+
+
+class PackedRounded(nn.Module):
+    def __init__(self, codes: Tensor, step: float) -> None:
+        super().__init__()
+        self.step = step
+        self.codes: Tensor
+        self.register_buffer("codes", codes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.codes.to(x.dtype) * self.step
+
+
+@packed_form.register
+def _(module: QuantRounded) -> nn.Module:
+    return PackedRounded((module.weight.detach() / module.step).round().to(torch.int8), module.step)
+
+
+@describe.register
+def _(module: PackedRounded) -> dict[str, Any]:
+    return {"size": len(module.codes), "step": module.step}
+
+
+@rebuild.register
+def _(layer: Rounded, entry: dict[str, Any]) -> nn.Module:
+    if len(layer.weight) != entry["size"]:
+        raise FormatError(f"the layer has {len(layer.weight)} weights, the file {entry['size']}")
+    return PackedRounded(torch.empty(entry["size"], dtype=torch.int8, device="meta"), entry["step"])
+
+
+def own(kind: type[nn.Module], size: int = 3) -> nn.Sequential:
+    """The layer of another package beside one of ours, used twice."""
+    layer = kind(size)
+    return nn.Sequential(layer, nn.Linear(3, 3), layer).eval()
+
+
+def test_a_module_of_another_package_survives_a_file(path: pathlib.Path) -> None:
+    model, x = own(QuantRounded), torch.randn(4, 3)
+    model[0].step = 0.25
+    mixed = nearest(model, [x], weight_bits=4, activation_bits=4).model
+    with torch.no_grad():
+        packed = pack(mixed)
+        assert isinstance(packed[0], PackedRounded)
+        assert isinstance(packed[1], PackedLinear)
+        save_packed(packed, path)
+        loaded = load_packed(path, own(Rounded))
+        assert_bit_equal(loaded(x), mixed(x))
+    assert loaded[2] is loaded[0]
+    assert loaded[0].step == 0.25
+    save_packed(loaded, path.with_name("again"))
+    assert path.with_name("again").read_bytes() == path.read_bytes()
+
+
+def test_a_file_of_nothing_but_modules_of_another_package_is_one(path: pathlib.Path) -> None:
+    model, x = QuantRounded(3), torch.randn(4, 3)
+    loaded = load_packed(save_packed(pack(model), path), Rounded(3))
+    assert isinstance(loaded, PackedRounded)
+    assert_bit_equal(loaded(x), model(x).detach())
+
+
+def test_a_file_without_them_does_not_speak_of_them(path: pathlib.Path) -> None:
+    small(path)
+    with safe_open(path, framework="pt") as file:
+        assert "own" not in json.loads(file.metadata()["q-pack"])["description"]
+
+
+def test_a_quantized_module_of_another_package_must_be_packed_before_it_is_saved(path: pathlib.Path) -> None:
+    with pytest.raises(StateError, match=r"0 holds a QuantRounded: call pack\(\) before save_packed\(\)"):
+        save_packed(own(QuantRounded), path)
+    assert not path.exists()
+
+
+def test_a_skeleton_without_the_layer_of_another_package_is_refused(path: pathlib.Path) -> None:
+    save_packed(pack(own(QuantRounded)), path)
+    with pytest.raises(FormatError, match=r"a Linear has no packed form of its own: import the package of the method"):
+        load_packed(path, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)))
+    with pytest.raises(FormatError, match=r"the layer has 4 weights, the file 3"):
+        load_packed(path, own(Rounded, size=4))

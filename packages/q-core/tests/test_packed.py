@@ -35,7 +35,7 @@ from q_core import (
     pack,
     swap,
 )
-from q_core.packed import PackedTensor, pack_layer
+from q_core.packed import PackedTensor, pack_layer, packed_form, stored
 
 from .networks import (
     GEOMETRIES,
@@ -358,3 +358,62 @@ def test_tied_weights_are_counted_once() -> None:
 def test_a_model_without_weights_has_no_bits_per_weight() -> None:
     with pytest.raises(StateError, match="has no convolution or linear layer to count"):
         bits_per_weight(nn.ReLU())
+
+
+# Quantized modules of other packages
+
+
+class Whole(nn.Module):
+    """A quantized layer that q_core does not know: its weight is rounded to whole numbers."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(10 * torch.randn(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight.round()
+
+
+class WholeCodes(nn.Module):
+    """Its packed form."""
+
+    def __init__(self, codes: Tensor) -> None:
+        super().__init__()
+        self.codes: Tensor
+        self.register_buffer("codes", codes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.codes.to(x.dtype)
+
+
+@packed_form.register
+def _(module: Whole) -> nn.Module:
+    return WholeCodes(module.weight.detach().round().to(torch.int8))
+
+
+@stored.register
+def _(module: WholeCodes) -> tuple[int, int]:
+    return 8 * module.codes.numel(), module.codes.numel()
+
+
+def test_a_module_of_another_package_is_packed_by_what_it_registered() -> None:
+    own, x = Whole(6), torch.randn(4, 6)
+    shared = nn.Sequential(own, nn.ReLU(), own)
+    packed = pack(shared)
+    assert isinstance(packed[0], WholeCodes)
+    assert packed[2] is packed[0]
+    assert_bit_equal(packed(x), shared(x).detach())
+    assert shared[0] is own
+    assert isinstance(pack(own), WholeCodes)
+
+
+def test_a_module_of_another_package_counts_with_what_it_says_it_stores() -> None:
+    # 6 weights of 8 bits, and 2 of 32.
+    assert bits_per_weight(pack(nn.Sequential(Whole(6), nn.Linear(2, 1)))) == (6 * 8 + 2 * 32) / 8
+    # Before packing it is no layer that could be counted.
+    assert bits_per_weight(nn.Sequential(Whole(6), nn.Linear(2, 1))) == 32
+
+
+def test_ordinary_modules_have_no_packed_form_of_their_own() -> None:
+    assert packed_form(nn.ReLU()) is None
+    assert stored(nn.Linear(2, 2)) is None

@@ -329,6 +329,9 @@ def test_kernels_refuse_what_they_cannot_do() -> None:
     assert "127 places" in str(POPCOUNT.refuses(*codes, *geometry, 7))
     assert "torch.int32" in str(SAD.refuses(codes[0].int(), codes[1], *geometry, 7))
     assert SAD.refuses(*codes, *geometry, 7) is None
+    assert "(2, 5, 9, 8), (6, 5, 3, 3) do not fit in 2 groups" in str(FLOATS.refuses(x, weight, [1, 1], [1, 1], 2, 1.0))
+    assert "do not fit" in str(SAD.refuses(codes[0][:, :, :2], codes[1], *geometry, 7))
+    assert "(2, 6, 6, 6) do not fit" in str(SLOPES.refuses(grad[:, :, 1:], x, weight.nan_to_num(), *geometry, 1.0))
     wide = torch.zeros(1, dtype=torch.uint8).expand(1, 1 << 24, 1, 1)
     assert "4278190080" in str(SAD.refuses(wide, wide, [1, 1], [1, 1], 1, 8))
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, final
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -84,7 +84,7 @@ class PackedKernels(PreciseModule):
         return codes.to(torch.uint8).reshape(self.shape)
 
     def forward(
-        self, x: Float[Tensor, "n c h w"], stride: list[int], dilation: list[int], groups: int
+        self, x: Shaped[Tensor, "n c h w"], stride: list[int], dilation: list[int], groups: int
     ) -> Float[Tensor, "n o i j"]:
         """Return minus the distance of a padded input, with the constant.
 

@@ -40,27 +40,31 @@ def _work_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _panels(
     x: Tensor, weight: Tensor, stride: list[int], dilation: list[int], groups: int
-) -> Iterator[tuple[tuple[int, slice, slice], int, Tensor, tuple[slice, slice]]]:
-    """Cut the work into panels.
+) -> Iterator[tuple[tuple[slice, slice, slice], int, Tensor, tuple[slice, slice]]]:
+    """Cut the work into panels: some rows of one image, or several images where they are small.
 
     Yields:
-        The index of the output block (image, channels, rows), the group, the unfolded panel [taps, positions] in the
-        working dtype, and the index of the input block (channels, rows) that it reads.
+        The index of the output block (images, channels, rows), the group, the unfolded panel [taps, images x positions]
+        in the working dtype, and the index of the input block (channels, rows) that it reads.
     """
     inputs, outputs = x.shape[1] // groups, weight.shape[0] // groups
     kernel = (weight.shape[2], weight.shape[3])
     rows, columns = (output_size(x.shape[2 + a], kernel[a], stride[a], dilation[a]) for a in (0, 1))
-    step = max(1, _PANEL // max(1, inputs * kernel[0] * kernel[1] * columns))
+    row = max(1, inputs * kernel[0] * kernel[1] * columns)
+    step = max(1, min(rows, _PANEL // row))
+    together = max(1, _PANEL // (row * step)) if step == rows else 1
     reach = dilation[0] * (kernel[0] - 1) + 1
-    for image in range(x.shape[0]):
+    for first in range(0, x.shape[0], together):
+        images = slice(first, min(x.shape[0], first + together))
         for group in range(groups):
             channels = slice(group * inputs, (group + 1) * inputs)
             for top in range(0, rows, step):
                 bottom = min(rows, top + step)
                 span = slice(top * stride[0], (bottom - 1) * stride[0] + reach)
-                window = x[image : image + 1, channels, span].to(_work_dtype(x.dtype))
-                panel = F.unfold(window, kernel, dilation=tuple(dilation), stride=tuple(stride))[0]
-                block = (image, slice(group * outputs, (group + 1) * outputs), slice(top, bottom))
+                window = x[images, channels, span].to(_work_dtype(x.dtype))
+                unfolded = F.unfold(window, kernel, dilation=tuple(dilation), stride=tuple(stride))
+                panel = unfolded.transpose(0, 1).flatten(1)  # of one image a view
+                block = (images, slice(group * outputs, (group + 1) * outputs), slice(top, bottom))
                 yield block, group, panel, (channels, span)
 
 
@@ -96,7 +100,7 @@ def _distance_meaning(
         distance = torch.cdist(table[group], panel.T.contiguous(), p=exponent)
         if exponent != 1.0:
             distance = distance.pow(exponent)
-        target = out[block]
+        target = out[block].transpose(0, 1)
         target.copy_(distance.neg_().reshape(target.shape))
     return out
 
@@ -133,14 +137,15 @@ def _input_grad_meaning(
     table = _table(weight, groups).unsqueeze(-1)
     kernel = (weight.shape[2], weight.shape[3])
     for block, group, panel, (channels, span) in _panels(x, weight, stride, dilation, groups):
-        incoming = grad[block].to(result.dtype).flatten(1)
+        incoming = grad[block].to(result.dtype).transpose(0, 1).flatten(1)
         total, slope = torch.zeros_like(panel), torch.empty_like(panel)
         for output in range(incoming.shape[0]):
             torch.sub(table[group, output], panel, out=slope)
             total.addcmul_(_slope_(slope, exponent), incoming[output])
         size = (span.stop - span.start, x.shape[3])
-        folded = F.fold(total.unsqueeze(0), size, kernel, dilation=tuple(dilation), stride=tuple(stride))
-        result[block[0], channels, span] += folded[0]
+        columns = total.unflatten(1, (block[0].stop - block[0].start, -1)).transpose(0, 1)
+        folded = F.fold(columns, size, kernel, dilation=tuple(dilation), stride=tuple(stride))
+        result[block[0], channels, span] += folded
     return result.to(x.dtype)
 
 
@@ -180,7 +185,7 @@ def distance_conv2d_weight_grad(
     table = _table(weight, groups)
     total = torch.zeros_like(table)
     for block, group, panel, _ in _panels(x, weight, stride, dilation, groups):
-        incoming = grad[block].to(table.dtype).flatten(1)
+        incoming = grad[block].to(table.dtype).transpose(0, 1).flatten(1)
         for output in range(incoming.shape[0]):
             slope = _slope_(panel - table[group, output].unsqueeze(-1), exponent)
             # Not a matrix product, which autocast would compute in a narrow dtype.

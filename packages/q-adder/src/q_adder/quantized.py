@@ -167,7 +167,7 @@ class TiedGrid(PreciseModule):
             return [kernels] * self.groups
         return torch.split(kernels[self.group_of.argsort(stable=True)], list(self.sizes))
 
-    def join(self, parts: list[Float[Tensor, "n part i j"]], groups: int) -> Float[Tensor, "n o i j"]:
+    def join(self, parts: list[Tensor], groups: int) -> Float[Tensor, "n o i j"]:
         """Put the outputs of the parts that `split` made in the order of the kernels."""
         if len(parts) == 1:
             return parts[0]
@@ -422,7 +422,7 @@ def as_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.to(dtype).reshape(batch, *a.shape[-2:]), b.to(dtype).reshape(batch, *b.shape[-2:])
 
 
-def as_line(rows: Float[Tensor, "*n k"]) -> Float[Tensor, "n k 1 m"]:
+def as_line(rows: Shaped[Tensor, "*n k"]) -> Shaped[Tensor, "n k 1 m"]:
     """Lay rows out as the pixels of one image in one line; no row is no image."""
     if math.prod(rows.shape[:-1]) == 0:
         return rows.reshape(0, rows.shape[-1], 1, 1)
@@ -434,7 +434,7 @@ def from_line(line: Float[Tensor, "n o 1 m"], rows: Shaped[Tensor, "*n k"]) -> F
     return line.reshape(line.shape[1], -1).T.reshape(*rows.shape[:-1], line.shape[1])
 
 
-def pad(x: Float[Tensor, "n c h w"], layer: nn.Conv2d) -> Float[Tensor, "n c hp wp"]:
+def pad(x: Tensor, layer: nn.Conv2d) -> Tensor:
     """Pad an input as a convolution does."""
     # torch's own bookkeeping: padding per side, last axis first, also for padding="same".
     edges = layer._reversed_padding_repeated_twice

@@ -186,7 +186,7 @@ def _within(low: float, high: float, group_of: Tensor, spec: TiedSpec) -> TiedGr
     """Levels between two ends, widened to hold zero."""
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max(high - low, _LEAST_RANGE) / spec.top
-    return TiedGrid(spec, _one(scale), _one(min(spec.top, round(-low / scale))), group_of)
+    return TiedGrid(spec, _one(scale), _one(float(min(spec.top, round(-low / scale)))), group_of)
 
 
 def _one(value: float) -> Tensor:

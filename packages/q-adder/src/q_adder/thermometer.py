@@ -48,6 +48,7 @@ def _last(codes: Tensor, bits: int) -> Tensor:
 def _convolution(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int], groups: int, bits: int) -> Tensor:
     """One int8 convolution of oneDNN per group, with one more kernel, of ones, that sums each window."""
     parts = []
+    x, stride = _without_idle_strides(x, weight, stride, dilation)
     for codes, kernels in zip(x.chunk(groups, 1), weight.chunk(groups), strict=True):
         source = _last(codes, bits).permute(0, 3, 1, 2)
         table = thermometer(kernels, bits, 1).view(torch.int8)
@@ -63,6 +64,20 @@ def _convolution(x: Tensor, weight: Tensor, stride: list[int], dilation: list[in
         product: Tensor = torch.ops.onednn.qconv2d_pointwise.default(source, *quantization, *geometry, *after)
         parts.append(product[:, :-1] + product[:, -1:])
     return torch.cat(parts, 1).to(torch.int32, memory_format=torch.contiguous_format)
+
+
+def _without_idle_strides(
+    x: Tensor, weight: Tensor, stride: list[int], dilation: list[int]
+) -> tuple[Tensor, list[int]]:
+    """Crop an axis that has room for one window only to that window, and give it a stride of 1.
+
+    The int8 convolution of oneDNN reads the wrong rows, also beyond the input, where the output is one column wide and
+    only the horizontal stride is above 1.
+    """
+    reach = [dilation[a] * (weight.shape[2 + a] - 1) + 1 for a in (0, 1)]
+    idle = [x.shape[2 + a] - reach[a] < stride[a] for a in (0, 1)]
+    rows, columns = (reach[a] if idle[a] else x.shape[2 + a] for a in (0, 1))
+    return x[:, :, :rows, :columns], [1 if idle[a] else stride[a] for a in (0, 1)]
 
 
 def _product(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int], groups: int, bits: int) -> Tensor:

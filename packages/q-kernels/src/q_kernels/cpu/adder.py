@@ -20,53 +20,80 @@ from q_kernels.cpu.vector import BITS, BYTES, COUNTS, FEATURES, FLOATS, SLOPES, 
 # Measured on one core of a Xeon of the fourth generation, with all its instructions, with those of AVX2, and with SSE2
 # alone: float32 distances and their gradient in pairs (tap, position, output) a second, the others in words of codes.
 _FLOATS_RATE, _SLOPES_RATE, _BYTES_RATE, _BITS_RATE = (
-    (36e9, 28e9, 23e9, 20e9 if COUNTS else 6e9)
+    (36e9, 30e9, 23e9, 20e9 if COUNTS else 6e9)
     if WIDE
-    else (27e9, 14e9, 16e9, 6e9)
+    else (28e9, 14e9, 16e9, 6e9)
     if "avx2" in FEATURES
-    else (12e9, 5e9, 1.8e9, 2e9)
+    else (12e9, 7e9, 1.8e9, 2e9)
 )
 
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
-def _refuses_tensors(dtypes: set[torch.dtype], *tensors: Tensor) -> str | None:
-    other = sorted({str(tensor.dtype) for tensor in tensors if tensor.dtype not in dtypes})
+def _size(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int]) -> tuple[int, int]:
+    rows, columns = ((x.shape[a] - dilation[a - 2] * (weight.shape[a] - 1) - 1) // stride[a - 2] + 1 for a in (2, 3))
+    return rows, columns
+
+
+def _refuses(
+    dtypes: set[torch.dtype],
+    x: Tensor,
+    weight: Tensor,
+    stride: list[int],
+    dilation: list[int],
+    groups: int,
+    *more: Tensor,
+) -> str | None:
+    """Say what is wrong with the tensors. What passes is read and written at addresses that nothing else checks."""
+    other = sorted({str(tensor.dtype) for tensor in (x, weight, *more) if tensor.dtype not in dtypes})
     if other:
         return f"it computes on {' and '.join(sorted(map(str, dtypes)))}, and would lose digits of {', '.join(other)}"
-    devices = sorted({str(tensor.device) for tensor in tensors if tensor.device.type != "cpu"})
-    return f"it runs on a CPU, a tensor is on {', '.join(devices)}" if devices else None
+    devices = sorted({str(tensor.device) for tensor in (x, weight, *more) if tensor.device.type != "cpu"})
+    if devices:
+        return f"it runs on a CPU, a tensor is on {', '.join(devices)}"
+    shapes = [tuple(tensor.shape) for tensor in (x, weight, *more)]
+    fit = all(len(shape) == 4 for shape in shapes) and x.shape[1] == weight.shape[1] * groups
+    if fit and weight.shape[0] % groups == 0 and min(_size(x, weight, stride, dilation)) > 0:
+        outputs = (x.shape[0], weight.shape[0], *_size(x, weight, stride, dilation))
+        if all(shape == outputs for shape in shapes[2:]):
+            return None
+    return f"tensors of {', '.join(map(str, shapes))} do not fit in {groups} groups"
 
 
-def _refuses_floats(exponent: float, *tensors: Tensor) -> str | None:
+def _refuses_distance(
+    x: Tensor, weight: Tensor, stride: list[int], dilation: list[int], groups: int, exponent: float
+) -> str | None:
     if exponent != 1.0:
         return f"it takes absolute differences to the power 1, not {exponent}"
-    return _refuses_tensors(_DTYPES, *tensors)
+    return _refuses(_DTYPES, x, weight, stride, dilation, groups)
 
 
-def _refuses_slopes(exponent: float, grad: Tensor, x: Tensor, weight: Tensor) -> str | None:
-    reason = _refuses_floats(exponent, grad, x, weight)
+def _refuses_input_grad(
+    grad: Tensor, x: Tensor, weight: Tensor, stride: list[int], dilation: list[int], groups: int, exponent: float
+) -> str | None:
+    if exponent != 1.0:
+        return f"it takes the slopes of absolute differences to the power 1, not {exponent}"
+    reason = _refuses(_DTYPES, x, weight, stride, dilation, groups, grad)
     if reason is None and not bool(weight.isfinite().all()):
         return "it takes slopes of finite weights, and some are not finite"
     return reason
 
 
-def _refuses_codes(x: Tensor, weight: Tensor) -> str | None:
-    largest = 255 * weight[:1].numel()
+def _refuses_bytes(
+    x: Tensor, weight: Tensor, stride: list[int], dilation: list[int], groups: int, bits: int
+) -> str | None:
+    largest = ((1 << bits) - 1) * math.prod(weight.shape[1:])
     if largest >= 1 << 31:
         return f"a window sums up to {largest}, and its results are 32-bit integers"
-    return _refuses_tensors({torch.uint8}, x, weight)
+    return _refuses({torch.uint8}, x, weight, stride, dilation, groups)
 
 
-def _refuses_bits(x: Tensor, weight: Tensor, stride: Any, dilation: Any, groups: int, bits: int) -> str | None:
+def _refuses_bits(
+    x: Tensor, weight: Tensor, stride: list[int], dilation: list[int], groups: int, bits: int
+) -> str | None:
     if _field(bits) >= 64:
         return f"the thermometer of a {bits}-bit code has {_field(bits)} places, a word holds 63"
-    return _refuses_codes(x, weight)
-
-
-def _size(x: Tensor, weight: Tensor, stride: list[int], dilation: list[int]) -> tuple[int, int]:
-    rows, columns = ((x.shape[a] - dilation[a - 2] * (weight.shape[a] - 1) - 1) // stride[a - 2] + 1 for a in (2, 3))
-    return rows, columns
+    return _refuses_bytes(x, weight, stride, dilation, groups, bits)
 
 
 def _seen(x: Tensor, weight: Tensor, stride: list[int]) -> tuple[Tensor, list[int]]:
@@ -82,17 +109,12 @@ def _convolve(
     kernel: torch.Size,
     stride: list[int],
     dilation: list[int],
-    groups: int,
     target: Tensor,
 ) -> None:
-    """Write all groups; `planes` are the lattices of [n, groups * planes, h, w], `table` is [outputs, taps]."""
-    inputs, outputs = planes.shape[1] // math.prod(stride) // groups, table.shape[0] // groups
-    near = [np.arange(kernel[a]) * dilation[a] for a in (0, 1)]
-    for group in range(groups):
-        channels = range(group * inputs, (group + 1) * inputs)
-        taps = windows.offsets(channels, near[0], near[1], stride, planes.shape[2:])
-        own = range(group * outputs, (group + 1) * outputs)
-        windows.run(tile, planes, taps, table[own.start : own.stop], target.shape[2:], target.flatten(2), own)
+    """Write all groups; `planes` are the lattices of [n, groups * planes, h, w], `table` is [groups, outputs, taps]."""
+    inputs = planes.shape[1] // math.prod(stride) // table.shape[0]
+    down, right = (np.arange(kernel[a]) * dilation[a] for a in (0, 1))
+    windows.run(tile, planes, windows.offsets(inputs, down, right, stride, planes.shape[2:]), table, target)
 
 
 def _distance(
@@ -100,8 +122,8 @@ def _distance(
 ) -> Tensor:
     out = torch.empty(x.shape[0], weight.shape[0], *_size(x, weight, stride, dilation))
     x, stride = _seen(x.detach(), weight, stride)
-    planes, table = windows.lattices(x.float(), stride), weight.detach().float().flatten(1)
-    _convolve(FLOATS, planes, table, weight.shape[2:], stride, dilation, groups, out)
+    table = weight.detach().float().reshape(groups, weight.shape[0] // groups, math.prod(weight.shape[1:]))
+    _convolve(FLOATS, windows.lattices(x.float(), stride), table, weight.shape[2:], stride, dilation, out)
     return out.to(x.dtype)
 
 
@@ -113,7 +135,7 @@ def _input_grad(
     Pixels that are a stride apart lie in windows of the same taps, so every lattice of the input is a correlation of
     its own with the taps that reach it.
     """
-    outputs, inputs = weight.shape[0] // groups, weight.shape[1]
+    outputs = weight.shape[0] // groups
     source = windows.lattices(x.detach().float(), stride)
     size, phases = source.shape[2:], math.prod(stride)
     # Pixel i of a lattice looks up to `reach` windows back, the last one at most at window `size`.
@@ -124,13 +146,11 @@ def _input_grad(
     table = weight.detach().float().reshape(groups, outputs, *weight.shape[1:]).transpose(1, 2)
     for phase, place in enumerate(itertools.product(range(stride[0]), range(stride[1]))):
         hits = [_hits(weight.shape[2 + a], dilation[a], stride[a], place[a]) for a in (0, 1)]
-        back = [reach[a] + (place[a] - hits[a] * dilation[a]) // stride[a] for a in (0, 1)]
-        for group in range(groups if len(hits[0]) and len(hits[1]) else 0):
-            channels = range(group * outputs, (group + 1) * outputs)
-            taps = windows.offsets(channels, back[0], back[1], [1, 1], padded.shape[2:])
-            kernels = table[group][:, :, hits[0]][..., hits[1]].flatten(1)
-            own = range(group * inputs * phases + phase, (group + 1) * inputs * phases, phases)
-            windows.run(SLOPES, padded, taps, kernels, size, target.flatten(2), own, source)
+        if len(hits[0]) and len(hits[1]):
+            back = [reach[a] + (place[a] - hits[a] * dilation[a]) // stride[a] for a in (0, 1)]
+            taps = windows.offsets(outputs, back[0], back[1], [1, 1], padded.shape[2:])
+            kernels = table[:, :, :, hits[0]][..., hits[1]].reshape(groups, weight.shape[1], len(taps))
+            windows.run(SLOPES, padded, taps, kernels, target, source, phase, phases)
     return windows.joined(target, stride, x.shape[2:]).to(x.dtype)
 
 
@@ -162,8 +182,9 @@ def _code_distance(
     pixels = math.prod(stride) * math.prod(parts.shape[2:])
     words = _words(parts.reshape(x.shape[0] * groups, x.shape[1] // groups, pixels), field, thermometer)
     planes = words.reshape(x.shape[0], groups * words.shape[1] * math.prod(stride), *parts.shape[2:])
-    table = _words(weight.flatten(2).contiguous(), field, thermometer).flatten(1)
-    _convolve(tile, planes, table, weight.shape[2:], stride, dilation, groups, out)
+    table = _words(weight.flatten(2).contiguous(), field, thermometer)
+    table = table.reshape(groups, weight.shape[0] // groups, math.prod(table.shape[1:]))
+    _convolve(tile, planes, table, weight.shape[2:], stride, dilation, out)
     return out
 
 
@@ -183,26 +204,12 @@ def _rate(words_per_second: float, weight: Tensor, groups: int, field: int) -> f
     return words_per_second * codes_per_word * taps / (taps + 5) * outputs / (outputs + 8)
 
 
-distance_conv2d = (
-    Kernel(
-        "cpu-simd",
-        lambda x, weight, stride, dilation, groups, exponent: _refuses_floats(exponent, x, weight),
-        lambda *_: _FLOATS_RATE,
-        _distance,
-    ),
-)
-distance_conv2d_input_grad = (
-    Kernel(
-        "cpu-simd",
-        lambda grad, x, weight, stride, dilation, groups, exponent: _refuses_slopes(exponent, grad, x, weight),
-        lambda *_: _SLOPES_RATE,
-        _input_grad,
-    ),
-)
+distance_conv2d = (Kernel("cpu-simd", _refuses_distance, lambda *_: _FLOATS_RATE, _distance),)
+distance_conv2d_input_grad = (Kernel("cpu-simd", _refuses_input_grad, lambda *_: _SLOPES_RATE, _input_grad),)
 code_distance_conv2d = (
     Kernel(
         "cpu-sad",
-        lambda x, weight, *_: _refuses_codes(x, weight),
+        _refuses_bytes,
         lambda x, weight, stride, dilation, groups, bits: _rate(_BYTES_RATE, weight, groups, 8),
         functools.partial(_code_distance, BYTES),
     ),

@@ -163,7 +163,7 @@ def _slope_times_gradient(builder: Builder, total: Value, g: Value, w: Value, x:
     kind, one = g.type, _constant(g.type, 1.0)
     slope = builder.fsub(w, x)
     if WIDE:
-        # One instruction: the smaller magnitude of the two, with the sign of the first. It loses NaN.
+        # One instruction: the smaller magnitude of the two, with the sign of the first. It loses the NaN of an input.
         name, mask = "llvm.x86.avx512.mask.range.ps.512", ir.IntType(16)
         function = _function(builder, name, kind, kind, kind, _I32, kind, mask, _I32)
         slope = builder.call(function, [slope, one, _I32(0b0010), slope, mask(0xFFFF), _I32(4)])
@@ -182,14 +182,15 @@ def _narrowed(builder: Builder, total: Value, _: None) -> Value:
     return builder.trunc(total, ir.VectorType(_I32, total.type.count))
 
 
-def _number_where_input_is(builder: Builder, total: Value, x: Value) -> Value:
+def _kept_nan(builder: Builder, total: Value, x: Value) -> Value:
+    """Put back the NaN of an input, which the clamp of `_slope_times_gradient` may have lost."""
     return builder.select(builder.fcmp_unordered("uno", x, x), x, total)
 
 
 FLOATS = _tile(_F32, _absolute_difference, _negated)
 BYTES = _tile(_I64, _bytes_that_differ, _narrowed)
 BITS = _tile(_I64, _bits_that_differ, _narrowed)
-SLOPES = _tile(_F32, _slope_times_gradient, _number_where_input_is, inputs=True)
+SLOPES = _tile(_F32, _slope_times_gradient, _kept_nan, inputs=True)
 
 
 @intrinsic

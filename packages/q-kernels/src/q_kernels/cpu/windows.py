@@ -13,6 +13,7 @@ numba compiles the functions under `no_type_check`, which keeps the checks of th
 import concurrent.futures
 import functools
 import itertools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, no_type_check
@@ -85,32 +86,33 @@ def joined(parts: Tensor, stride: list[int], size: Sequence[int]) -> Tensor:
     return whole[:, :, : size[0], : size[1]].contiguous()
 
 
-def offsets(channels: range, down: Array, right: Array, stride: list[int], size: Sequence[int]) -> Array:
-    """Find pixels in lattices.
+def offsets(channels: int, down: Array, right: Array, stride: list[int], size: Sequence[int]) -> Array:
+    """Find pixels in the lattices of some channels.
 
     Args:
-        channels: Planes.
+        channels: How many, from the first on.
         down: Rows, an integer each.
         right: Columns, an integer each.
         stride: Of the lattices.
         size: Height and width of a lattice.
 
     Returns:
-        The place of every (plane, row, column), in elements from the first of the image, int64.
+        The place of every (channel, row, column), in elements from the first of the image, int64.
     """
-    channel = np.arange(channels.start, channels.stop, dtype=np.int64)[:, None, None]
+    channel = np.arange(channels, dtype=np.int64)[:, None, None]
     plane = (channel * stride[0] + down[:, None] % stride[0]) * stride[1] + right % stride[1]
     return ((plane * size[0] + down[:, None] // stride[0]) * size[1] + right // stride[1]).reshape(-1)
 
 
 @numba.njit(nogil=True)
 @no_type_check
-def fill(source: Array, offsets: Array, first: int, count: int, shape: Any, panel: Array) -> None:
+def fill(source: Array, start: int, offsets: Array, first: int, count: int, shape: Any, panel: Array) -> None:
     """Fill a panel with `count` positions from `first` on, and the rest of it with zeros.
 
     Args:
         source: Planes [images, planes, height, width].
-        offsets: Where each tap looks: elements from the pixel of the position in the first plane.
+        start: First plane that counts.
+        offsets: Where each tap looks: elements from the pixel of the position in that plane.
         first: Position, counted over images, rows and columns.
         count: Positions.
         shape: Rows and columns of positions of an image.
@@ -125,25 +127,28 @@ def fill(source: Array, offsets: Array, first: int, count: int, shape: Any, pane
         image, place = divmod(first + done, rows * columns)
         row, column = divmod(place, columns)
         length = min(columns - column, count - done)
-        pixel = (image * source.shape[1] * source.shape[2] + row) * source.shape[3] + column
+        pixel = ((image * source.shape[1] + start) * source.shape[2] + row) * source.shape[3] + column
         for tap in range(offsets.shape[0]):
             target = panel.ctypes.data + (tap * panel.shape[1] + done) * size
             copy(target, source.ctypes.data + (pixel + offsets[tap]) * size, length * size)
         done += length
-    if count < panel.shape[1]:
-        panel[:, count:] = 0
+    for tap in range(offsets.shape[0]):
+        for position in range(count, panel.shape[1]):
+            panel[tap, position] = 0
 
 
 @numba.njit(nogil=True)
 @no_type_check
-def spill(results: Array, first: int, count: int, target: Array, start: int, stop: int, step: int) -> None:
-    """Write the results [outputs, positions] of a panel to the planes `start:stop:step` of `target`."""
-    done = 0
+def spill(results: Array, first: int, count: int, target: Array, start: int, planes: int, step: int) -> None:
+    """Write results [outputs, positions] to `planes` planes of `target`, `step` apart from `start` on."""
+    done, size = 0, results.itemsize
     while done < count:
         image, place = divmod(first + done, target.shape[2])
         length = min(target.shape[2] - place, count - done)
-        for output in range(min(results.shape[0], (stop - start + step - 1) // step)):
-            target[image, start + output * step, place : place + length] = results[output, done : done + length]
+        for output in range(planes):
+            plane = image * target.shape[1] + start + output * step
+            goal = target.ctypes.data + (plane * target.shape[2] + place) * size
+            copy(goal, results.ctypes.data + (output * results.shape[1] + done) * size, length * size)
         done += length
 
 
@@ -154,37 +159,32 @@ def _loop(tile: Tile) -> Any:
     @numba.njit(nogil=True)
     @no_type_check
     def loop(
-        source: Array,
-        taps: Array,
-        weights: Array,
-        near: Array,
-        own: Array,
-        shape: Any,
-        target: Array,
-        outputs: Any,
-        blocks: Any,
+        source: Array, taps: Array, weights: Array, near: Array, own: Array, shape: Any, target: Array, plan: Any
     ) -> None:
-        start, stop, step = outputs
-        count, area = taps.shape[0], target.shape[2]
+        outputs, phase, step, first_block, last_block = plan
+        groups, rows, count = weights.shape[0], weights.shape[1], taps.shape[0]
+        images, planes, area = target.shape
+        parts = (images * area + positions - 1) // positions
         panel = np.empty((count, positions), element)
         inputs = np.empty((own.shape[0], positions), element)
         results = np.empty((OUTPUTS, positions), result)
-        for block in range(blocks[0], blocks[1]):
-            first = block * positions
-            length = min(positions, target.shape[0] * area - first)
-            fill(source, taps, first, length, shape, panel)
-            fill(near, own, first, length, shape, inputs)
+        for block in range(first_block, last_block):
+            group, part = divmod(block, parts)
+            first = part * positions
+            length = min(positions, images * area - first)
             image, place = divmod(first, area)
-            for output in range(0, (stop - start + step - 1) // step, OUTPUTS):
-                table = weights.ctypes.data + output * count * panel.itemsize
+            fill(source, group * (source.shape[1] // groups), taps, first, length, shape, panel)
+            fill(near, group * (near.shape[1] // groups), own, first, length, shape, inputs)
+            for output in range(0, outputs, OUTPUTS):
+                table = weights.ctypes.data + (group * rows + output) * count * panel.itemsize
                 beside = inputs.ctypes.data + output * positions * inputs.itemsize
-                plane = start + output * step
-                if place + positions <= area and plane + (OUTPUTS - 1) * step < stop:
-                    line = target[image, plane, place:]
-                    run(panel.ctypes.data, table, beside, count, line.ctypes.data, step * area)
+                plane = (group * outputs + output) * step + phase
+                if place + positions <= area and output + OUTPUTS <= outputs:
+                    line = target.ctypes.data + ((image * planes + plane) * area + place) * results.itemsize
+                    run(panel.ctypes.data, table, beside, count, line, step * area)
                 else:
                     run(panel.ctypes.data, table, beside, count, results.ctypes.data, positions)
-                    spill(results, first, length, target, plane, stop, step)
+                    spill(results, first, length, target, plane, min(OUTPUTS, outputs - output), step)
 
     return loop
 
@@ -194,32 +194,42 @@ def run(
     source: Tensor,
     taps: Array,
     weights: Tensor,
-    shape: Sequence[int],
     target: Tensor,
-    outputs: range,
     inputs: Tensor | None = None,
+    phase: int = 0,
+    phases: int = 1,
 ) -> None:
-    """Write what a tile computes, for every position and every row of weights, into some planes of `target`.
+    """Write what a tile computes, for every group, position and row of weights, into `target`.
 
     Args:
         tile: What to compute.
-        source: Planes [images, planes, height, width] that the taps look at.
-        taps: Where each tap looks, in elements from the pixel of a position in the first plane, int64.
-        weights: [outputs, taps], in the element of the tile.
-        shape: Rows and columns of positions.
-        target: [images, planes, positions].
-        outputs: Which planes of `target` the outputs are.
-        inputs: Planes like those of `target` with the inputs of the tile, where it takes any.
+        source: Planes [images, groups * planes, height, width] that the taps look at.
+        taps: Where each tap looks, in elements from the pixel of a position in the first plane of the group, int64.
+        weights: [groups, outputs, taps], in the element of the tile.
+        target: [images, groups * outputs * phases, rows, columns] of positions.
+        inputs: The inputs of the tile, where it takes any, in the shape of `target`.
+        phase: Which of the `phases` planes of an output to write.
+        phases: Planes of an output.
     """
-    missing = -len(outputs) % OUTPUTS
-    table = F.pad(weights, (0, 0, 0, missing)).contiguous().numpy()
-    own = np.array([*outputs, *([outputs.start] * missing)] if inputs is not None else [], np.int64) * target.shape[2]
+    groups, outputs, _ = weights.shape
+    missing = -outputs % OUTPUTS
+    table = F.pad(weights, (0, 0, 0, missing)).contiguous()
+    own, area = np.zeros(0, np.int64), math.prod(target.shape[2:])
+    if inputs is not None:  # the rows of weights that were added take any input
+        own = np.pad((np.arange(outputs, dtype=np.int64) * phases + phase) * area, (0, missing))
     near = source if inputs is None else inputs
-    arguments = (source.numpy(), taps, table, near.numpy(), own, tuple(shape), target.numpy())
-    planes = (outputs.start, outputs.stop, outputs.step)
-    positions = target.shape[0] * target.shape[2]
-    loop, blocks = _loop(tile), -(-positions // tile.positions)
-    in_threads(lambda first, last: loop(*arguments, planes, (first, last)), blocks, positions * table.size)
+    arrays = (
+        source.numpy(),
+        taps,
+        table.numpy(),
+        near.numpy(),
+        own,
+        tuple(target.shape[2:]),
+        target.flatten(2).numpy(),
+    )
+    blocks = groups * -(-target.shape[0] * area // tile.positions)
+    loop, pairs = _loop(tile), target.shape[0] * area * table.numel()
+    in_threads(lambda first, last: loop(*arrays, (outputs, phase, phases, first, last)), blocks, pairs)
 
 
 @numba.njit(nogil=True)
