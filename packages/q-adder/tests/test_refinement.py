@@ -2,15 +2,23 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from q_adder import AdderConv2d, redistribute
 from q_adder.refinement import search_ranges, trainable
 from q_core import MatchError, RangeError
-from torch import nn
 
 
 def network():
     torch.manual_seed(3)
-    layers = [nn.Conv2d(3, 6, 3), nn.ReLU(), AdderConv2d(6, 8, 3), nn.BatchNorm2d(8, momentum=None), nn.ReLU(), AdderConv2d(8, 5, 3)]
+    layers = [
+        nn.Conv2d(3, 6, 3),
+        nn.ReLU(),
+        AdderConv2d(6, 8, 3),
+        nn.BatchNorm2d(8, momentum=None),
+        nn.ReLU(),
+        AdderConv2d(8, 5, 3),
+    ]
     model = nn.Sequential(*layers)
     with torch.no_grad():
         for layer in (layers[2], layers[5]):

@@ -270,6 +270,11 @@ def _(module: IntegerAdderLayer) -> tuple[int, int]:
     return module.kernels.stored_bits(), math.prod(module.kernels.shape)
 
 
+@stored.register
+def _(module: IntegerAdderMatmul) -> tuple[int, int]:
+    return sum(buffer.numel() * buffer.element_size() * 8 for buffer in module.buffers()), 0
+
+
 def _described(entry: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dtype) -> PackedKernels:
     """Make kernels without memory, to be filled from a file."""
     if tuple(entry["shape"]) != shape:

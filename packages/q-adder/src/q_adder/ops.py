@@ -143,7 +143,7 @@ def _input_grad_meaning(
             torch.sub(table[group, output], panel, out=slope)
             total.addcmul_(_slope_(slope, exponent), incoming[output])
         size = (span.stop - span.start, x.shape[3])
-        columns = total.unflatten(1, (block[0].stop - block[0].start, -1)).transpose(0, 1)
+        columns = total.reshape(len(total), block[0].stop - block[0].start, -1).transpose(0, 1)
         folded = F.fold(columns, size, kernel, dilation=tuple(dilation), stride=tuple(stride))
         result[block[0], channels, span] += folded
     return result.to(x.dtype)

@@ -1,22 +1,22 @@
 r"""What closes the gap at few bits: ranges that are searched for, and scales that learn.
 
-At 3 bits and below the quantile that suits 8 bits is too wide: the rounding of everything costs more than the clamp of a little.
-`search_ranges` picks the range of every layer by the error of its output. `trainable` turns a quantized model into one that can be
-trained, for distillation or with labels.
+At 3 bits and below the quantile that suits 8 bits is too wide: the rounding of everything costs more than the clamp of
+a little. `search_ranges` picks the range of every layer by the error of its output. `trainable` turns a quantized
+model into one that can be trained, for distillation or with labels.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
-from q_core.calibrate import evaluation, feed
-from q_core.errors import DataError, MatchError, RangeError
 from torch import Tensor, nn
 
 from q_adder.quantized import QuantAdderConv2d, QuantAdderLayer, QuantAdderLinear, TiedGrid, naming
+from q_core.calibrate import evaluation, feed
+from q_core.errors import DataError, MatchError, RangeError
 
 FACTORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 
@@ -34,9 +34,9 @@ def search_ranges(
 ) -> dict[str, float]:
     """Choose the range of every layer by the error of its output, in place.
 
-    Layers are treated in the order in which they run, each seeing the inputs that the treated ones before it make. The error is
-    the mean square of the difference to the output of the float layer, after each channel has been given the float mean, because
-    `correct_means` or a bias that learns will do that. Labels are not used.
+    Layers are treated in the order in which they run, each seeing the inputs that the treated ones before it make. The
+    error is the mean square of the difference to the output of the float layer, after each channel has been given the
+    float mean, because `correct_means` or a bias that learns will do that. Labels are not used.
 
     Args:
         quantized: A model made by `redistribute`. Scales and biases of its adder layers are changed.
@@ -48,7 +48,7 @@ def search_ranges(
         The factor of each layer.
 
     Raises:
-        DataError: A layer runs more than once in a pass, so that no output of the float model can be told to belong to it.
+        DataError: A layer runs more than once in a pass, and it cannot be told which output belongs to which call.
         MatchError: There is no quantized adder layer.
         RangeError: A factor is not positive.
     """
@@ -100,8 +100,9 @@ def _centred(values: Tensor, layer: nn.Module) -> Tensor:
 def trainable(quantized: nn.Module) -> nn.Module:
     """Return a copy of a quantized model that can be trained: its own parameters, and scales that learn.
 
-    Add `AdderLearningRate` to an optimizer that trains from scratch; to distil into a trained model an ordinary rate for weights is
-    enough. The clamp of the kernels and the constant that makes up for it follow the scale by themselves.
+    Add `AdderLearningRate` to an optimizer that trains from scratch; to distil into a trained model an ordinary rate
+    for weights is enough. The clamp of the kernels and the constant that makes up for it follow the scale by
+    themselves.
 
     Args:
         quantized: A model made by `redistribute`. Neither it nor the float model it shares tensors with is changed.
