@@ -259,7 +259,8 @@ class Run:
     def load(self) -> None:
         """Go back to the last whole epoch."""
         if not self.checkpoint.exists():
-            print(f"no {self.checkpoint}: beginning with the first epoch")
+            if self.place.rank == 0:
+                print(f"no {self.checkpoint}: beginning with the first epoch")
             return
         state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         if state["recipe"] != self.recipe():

@@ -176,7 +176,7 @@ def agree(*arguments) -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("channels", [1, 3, 32])
 def test_outputs_of_one_row_or_column_ignore_the_stride_across(stride, axis, channels):
-    """The int8 convolution of oneDNN in torch 2.13 is wrong for one column, a stride of 1 down and more across."""
+    """oneDNN of torch 2.13 and 2.14 is wrong in int8 for one column and a stride of 1 down, more across."""
     size = [9, 9]
     size[axis] = 3 + stride[axis] - 1
     x, weight = (
