@@ -6,7 +6,7 @@ from torch import nn
 
 from q_adder import AdderConv2d, redistribute
 from q_adder.refinement import search_ranges, trainable
-from q_core import MatchError, RangeError
+from q_core import MatchError, RangeError, load_packed, pack, save_packed
 
 
 def network():
@@ -76,9 +76,9 @@ def test_the_float_model_is_not_changed(quantized):
 def test_a_trainable_copy_learns_by_distillation(quantized):
     model, batch, twin = quantized
     trained = trainable(twin).eval()
-    optimizer = torch.optim.Adam(trained.parameters(), lr=0.01)
+    optimizer = torch.optim.Adam(trained.parameters(), lr=0.03)
     before = error(model, trained, batch)
-    for _ in range(30):
+    for _ in range(100):
         loss = (trained(batch) - model(batch).detach()).square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -93,6 +93,40 @@ def test_a_trainable_copy_starts_with_the_outputs_of_the_model(quantized):
     _, batch, twin = quantized
     with torch.no_grad():
         assert torch.equal(trainable(twin).eval()(batch), twin(batch))
+
+
+def test_a_scale_stays_positive_however_large_the_step(quantized):
+    _, batch, twin = quantized
+    trained = trainable(twin)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=1e3)
+    trained(batch).square().mean().backward()
+    optimizer.step()
+    scales = [module.tied.scale for module in trained.modules() if hasattr(module, "tied")]
+    assert all(bool((scale >= 0).all()) for scale in scales)
+
+
+def test_a_trained_model_packs_and_reloads(quantized, tmp_path):
+    model, batch, twin = quantized
+    trained = trainable(twin)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=1e-3)
+    trained(batch).square().mean().backward()
+    optimizer.step()
+    trained.eval()
+    packed = pack(trained)
+    save_packed(packed, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        assert torch.equal(load_packed(tmp_path / "model.safetensors", model)(batch), trained(batch))
+
+
+def test_the_state_of_a_trained_model_loads_into_another_copy(quantized):
+    _, batch, twin = quantized
+    trained, other = trainable(twin), trainable(twin)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter += 0.01
+    other.load_state_dict(trained.state_dict(), strict=True)
+    with torch.no_grad():
+        assert torch.equal(other.eval()(batch), trained.eval()(batch))
 
 
 def test_what_is_not_quantized_is_refused():

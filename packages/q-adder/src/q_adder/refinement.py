@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from q_adder.quantized import QuantAdderConv2d, QuantAdderLayer, QuantAdderLinear, TiedGrid, naming
 from q_core.calibrate import evaluation, feed
@@ -97,8 +98,28 @@ def _centred(values: Tensor, layer: nn.Module) -> Tensor:
     return rows - rows.mean(0)
 
 
+class _Relative(nn.Module):
+    """A positive tensor as its start times the exponential of what is learned."""
+
+    def __init__(self, start: Tensor) -> None:
+        super().__init__()
+        self.start: Tensor
+        self.register_buffer("start", start.detach().clone())
+
+    def forward(self, logarithm: Tensor) -> Tensor:
+        """Return the tensor."""
+        return self.start * logarithm.exp()
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        """Return what has to be learned for the value; zero, and not nearly, for the start."""
+        return (value / self.start).log()
+
+
 def trainable(quantized: nn.Module) -> nn.Module:
     """Return a copy of a quantized model that can be trained: its own parameters, and scales that learn.
+
+    A scale is learned as the logarithm of its ratio to where it starts, so it cannot become negative, and a learning
+    rate means the same in every layer: the relative change of a step.
 
     Add `AdderLearningRate` to an optimizer that trains from scratch; to distil into a trained model an ordinary rate
     for weights is enough. The clamp of the kernels and the constant that makes up for it follow the scale by
@@ -119,4 +140,5 @@ def trainable(quantized: nn.Module) -> nn.Module:
         tied = layer.tied
         with naming(path):
             layer.tied = TiedGrid(tied.spec, tied.scale, tied.zero_point, tied.group_of, learnable=True)
+            parametrize.register_parametrization(layer.tied, "scale", _Relative(tied.scale))
     return model.train()
