@@ -40,14 +40,14 @@ from q_adder import (
 from q_adder import redistribution as parts
 from q_adder.layers import AdderConv2d
 from q_adder.ranges import order_statistic, released_statistic
-from q_adder.refinement import search_ranges
+from q_adder.refinement import search_ranges, tune_ranges
 from q_core import bits_per_weight, pack
 from q_core.cli.rows import TOP1, AccuracyRow, append_jsonl, environment, float_parts, state_sha256
 
 NETWORK = "cifar10-adder-resnet20"
 RESULTS = pathlib.Path(__file__).resolve().parents[1] / "results" / "accuracy" / "adder.jsonl"
 ALPHA = 0.9997  # of the released code, which applies it twice
-RANGE_BATCHES, BATCH, CALIBRATION_IMAGES, SEARCH_IMAGES = 202, 128, 1024, 256
+RANGE_BATCHES, BATCH, CALIBRATION_IMAGES, SEARCH_IMAGES, TUNING_IMAGES = 202, 128, 1024, 256, 512
 REESTIMATION_BATCHES = 202
 
 
@@ -61,6 +61,8 @@ class Variant:
         bits: Bits of weights and activations.
         means: Whether means are corrected.
         search: Whether ranges are searched for.
+        tune: How often the ranges of single layers are tuned by the output of the network, after a common factor; None
+            leaves them alone.
         batchnorm: Whether batch norms are estimated anew.
         alpha: Fraction of inputs that is kept by the order statistic of the paper; None is the released rule.
         seeds: Of the crops and flips from which ranges come.
@@ -71,6 +73,7 @@ class Variant:
     bits: tuple[int, ...]
     means: bool = False
     search: bool = False
+    tune: int | None = None
     batchnorm: bool = False
     alpha: float | None = None
     seeds: tuple[int, ...] = (0,)
@@ -85,6 +88,8 @@ VARIANTS = (
     Variant("one-sided, four groups, means", OneSided(groups=4), (4, 3), means=True),
     Variant("one-sided, batch norm", ONE_SIDED, (4, 3, 2), batchnorm=True),
     Variant("one-sided, search, means", ONE_SIDED, (8, 4, 3, 2), means=True, search=True),
+    Variant("one-sided, common factor, means", ONE_SIDED, (4, 3, 2), means=True, tune=0),
+    Variant("one-sided, tuned ranges, means", ONE_SIDED, (4, 3, 2), means=True, tune=2),
     Variant("published", Published(), (8, 6, 5, 4)),
     Variant("published, batch norm", Published(), (8, 6, 5, 4, 3), batchnorm=True),
     Variant("published, means", Published(), (4, 3), means=True),
@@ -101,12 +106,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=pathlib.Path, required=True, help="folder with cifar/ and networks/")
     parser.add_argument("--resume", action="store_true", help="leave out cells whose row is in the results already")
+    parser.add_argument("--only", default="", help="variants whose name holds this")
     arguments = parser.parse_args()
     session = Session(arguments.data, recorded() if arguments.resume else set())
     session.check_float()
     # The first seed of everything before the second of anything, for those who stop early.
     for seed, variant in itertools.product(SEEDS, VARIANTS):
-        for bits in variant.bits if seed in variant.seeds else ():
+        for bits in variant.bits if seed in variant.seeds and arguments.only in variant.name else ():
             session.run(variant, bits, seed)
 
 
@@ -168,6 +174,9 @@ class Session:
         )
         if variant.search:
             search_ranges(result.model, self.model, self.calibration[0][:SEARCH_IMAGES])
+        if variant.tune is not None:
+            images = self.calibration[0][:TUNING_IMAGES]
+            tune_ranges(result.model, self.model, images, rounds=variant.tune, progress=False)
         if variant.means:
             correct_means(result.model, self.model, self.calibration)
         if variant.batchnorm:
@@ -185,6 +194,7 @@ class Session:
             "scheme": repr(variant.scheme),
             "means": variant.means,
             "search": variant.search,
+            "tune": variant.tune,
             "batchnorm": REESTIMATION_BATCHES if variant.batchnorm else 0,
             "alpha": variant.alpha,
             "range_batches": RANGE_BATCHES,

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from q_adder import AdderConv2d, redistribute
-from q_adder.refinement import search_ranges, trainable
-from q_core import MatchError, RangeError, load_packed, pack, save_packed
+from q_adder.refinement import divergence, search_ranges, trainable, tune_ranges
+from q_core import DataError, MatchError, RangeError, load_packed, pack, save_packed
 
 
 def network():
@@ -71,6 +71,58 @@ def test_the_float_model_is_not_changed(quantized):
     optimizer.step()
     after = model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def squared(output, expected):
+    return (output - expected).square().mean()
+
+
+def test_tuned_ranges_are_never_worse_by_the_loss_that_tuned_them(quantized):
+    model, batch, twin = quantized
+    tuning = tune_ranges(twin, model, batch, loss=squared, progress=False)
+    assert tuning.after < tuning.before
+    # The loss of the model as it is left: the same sums in another order, in float32.
+    assert error(model, twin, batch) == pytest.approx(tuning.after, rel=1e-3)
+    assert tuning.passes == 1 + 6 + 2 * 2 + 1
+
+
+def test_without_candidates_tuning_corrects_means_and_nothing_else(quantized):
+    model, batch, twin = quantized
+    other = redistribute(model, [batch], weight_bits=2, activation_bits=2, progress=False).model
+    tuning = tune_ranges(twin, model, batch, common=(), rounds=0, loss=squared, progress=False)
+    assert tuning.before == tuning.after
+    assert tuning.factors == {"2": 1.0, "5": 1.0}
+    with torch.no_grad():
+        # The means were corrected before, so a second correction moves the outputs by rounding alone.
+        torch.testing.assert_close(twin(batch), other(batch), atol=1e-3, rtol=0)
+
+
+def test_a_candidate_that_is_better_is_found(quantized):
+    model, batch, twin = quantized
+    search_ranges(twin, model, batch)
+    layer = twin.get_submodule("5")
+    right = layer.tied.scale.clone()
+    layer.tied.scale *= 4
+    tuning = tune_ranges(twin, model, batch, common=(), moves=(0.25, 2.0), loss=squared, progress=False)
+    assert tuning.factors["5"] == 0.25
+    torch.testing.assert_close(layer.tied.scale, right)
+
+
+def test_divergence_is_zero_between_equals_and_positive_otherwise():
+    logits = torch.randn(5, 7, dtype=torch.float64)
+    assert abs(float(divergence(logits, logits))) < 1e-12
+    other = torch.randn(5, 7, dtype=torch.float64)
+    by_hand = (logits.softmax(1) * (logits.log_softmax(1) - other.log_softmax(1))).sum(1).mean()
+    torch.testing.assert_close(divergence(other, logits), by_hand)
+
+
+def test_a_loss_that_is_no_number_is_refused(quantized):
+    model, batch, twin = quantized
+    before = copy.deepcopy(twin.state_dict())
+    values = iter([1.0, 0.5, float("nan")])
+    with pytest.raises(DataError, match="nan"):
+        tune_ranges(twin, model, batch, loss=lambda *_: torch.tensor(next(values)), progress=False)
+    assert all(torch.equal(before[key], value) for key, value in twin.state_dict().items())
 
 
 def test_a_trainable_copy_learns_by_distillation(quantized):

@@ -22,6 +22,7 @@ from q_adder.redistribution import (
     redistribute,
     reestimate_batchnorm,
 )
+from q_adder.refinement import Tuning, search_ranges, trainable, tune_ranges
 
 try:
     __version__ = _metadata.version("q-adder")
@@ -51,6 +52,7 @@ __all__ = [
     "Symmetric",
     "TiedGrid",
     "TiedSpec",
+    "Tuning",
     "adder2d",
     "adder_linear",
     "adder_matmul",
@@ -62,4 +64,7 @@ __all__ = [
     "explain",
     "redistribute",
     "reestimate_batchnorm",
+    "search_ranges",
+    "trainable",
+    "tune_ranges",
 ]

@@ -1,24 +1,31 @@
 r"""What closes the gap at few bits: ranges that are searched for, and scales that learn.
 
 At 3 bits and below the quantile that suits 8 bits is too wide: the rounding of everything costs more than the clamp of
-a little. `search_ranges` picks the range of every layer by the error of its output. `trainable` turns a quantized
-model into one that can be trained, for distillation or with labels.
+a little. `search_ranges` picks the range of every layer by the error of its own output, `tune_ranges` by the output of
+the whole network; neither needs labels. `trainable` turns a quantized model into one that can be trained, for
+distillation or with labels.
 """
 
 import copy
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from tqdm.auto import tqdm
 
 from q_adder.quantized import QuantAdderConv2d, QuantAdderLayer, QuantAdderLinear, TiedGrid, naming
 from q_core.calibrate import evaluation, feed
 from q_core.errors import DataError, MatchError, RangeError
 
+COMMON = (0.5, 0.6, 0.7, 0.8, 0.9, 1.1)
 FACTORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 
 
@@ -96,6 +103,159 @@ def _channels(values: Tensor, layer: nn.Module) -> Tensor:
 def _centred(values: Tensor, layer: nn.Module) -> Tensor:
     rows = _channels(values, layer)
     return rows - rows.mean(0)
+
+
+def divergence(output: Float[Tensor, "*n classes"], expected: Float[Tensor, "*n classes"]) -> Float[Tensor, ""]:
+    """Return the mean Kullback-Leibler divergence of the classes that logits give from those that were expected."""
+    classes = expected.shape[-1]
+    return F.kl_div(
+        output.reshape(-1, classes).log_softmax(1),
+        expected.reshape(-1, classes).log_softmax(1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """What `tune_ranges` did.
+
+    Attributes:
+        factors: What the scale of each layer was multiplied by.
+        before: Loss with the ranges as they were and the means corrected.
+        after: Loss at the end, never above `before`.
+        passes: Forward passes through the quantized model.
+    """
+
+    factors: Mapping[str, float]
+    before: float
+    after: float
+    passes: int
+
+
+def tune_ranges(
+    quantized: nn.Module,
+    model: nn.Module,
+    batch: Any,
+    *,
+    common: Sequence[float] = COMMON,
+    moves: Sequence[float] = (0.85, 1.15),
+    rounds: int = 1,
+    loss: Callable[[Any, Any], Tensor] = divergence,
+    progress: bool = True,
+) -> Tuning:
+    """Choose the ranges of all layers by the output of the network, in place.
+
+    First one factor for all layers, then, layer by layer, whether a little less or more is better: coordinate descent
+    that needs forward passes only. In every pass the mean output of each channel is corrected on the way, as
+    `correct_means` does, so ranges are compared as they will be used. Labels are not used.
+
+    The error of a layer's own output is no substitute at 2 bits: a clamp puts the same error into all channels of a
+    position, which adds little to that error and much to what the next layers see.
+
+    Args:
+        quantized: A model made by `redistribute`. Scales and biases of its adder layers are changed.
+        model: The float model it was made from.
+        batch: One batch, as `q_core.calibrate` takes it; some hundred images.
+        common: Factors to try on all layers together; 1 is tried in any case.
+        moves: Factors to try on one layer at a time.
+        rounds: How often to go through the layers; 0 keeps a common factor.
+        loss: From the outputs of the quantized and of the float model to a number, smaller where they agree.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        What was done. The model is at least as good, by that loss on that batch, as before.
+
+    Raises:
+        DataError: The loss is not a finite number.
+        MatchError: There is no quantized adder layer.
+        RangeError: A factor is not positive.
+    """
+    for name, values in (("common", common), ("moves", moves)):
+        if any(value <= 0 for value in values):
+            raise RangeError(f"{name}={tuple(values)}: all factors must be positive")
+    search = _Search(quantized, model, batch, loss)
+    total = len(set(common) | {1.0}) + rounds * len(search.layers) * len(moves)
+    with (
+        ExitStack() as undo,
+        tqdm(total=total, desc="tune ranges", unit="pass", disable=None if progress else True) as bar,
+    ):
+        undo.callback(search.restore)
+        every = dict.fromkeys(search.layers, 1.0)
+        best, before = every, search.loss_of(every)
+        least = before
+        bar.update()
+        trials: Iterator[dict[str, float]] = (dict.fromkeys(every, factor) for factor in common if factor != 1.0)
+        for trial in trials:
+            value = search.loss_of(trial)
+            bar.update()
+            if value < least:
+                best, least = trial, value
+        for path in list(every) * rounds:
+            # From the same place both ways; the better one is kept.
+            for trial in [best | {path: best[path] * move} for move in moves]:
+                value = search.loss_of(trial)
+                bar.update()
+                if value < least:
+                    best, least = trial, value
+        search.settle(best)
+        undo.pop_all()
+    return Tuning(best, before, least, search.passes)
+
+
+class _Search:
+    """Evaluates factors for the scales of all layers, each with one pass through the quantized model."""
+
+    def __init__(self, quantized: nn.Module, model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor]) -> None:
+        self.quantized, self.batch, self.loss = quantized, batch, loss
+        self.layers = _layers(quantized)
+        self.start = {path: layer.tied.scale.detach().clone() for path, layer in self.layers.items()}
+        self.passes = 0
+        self.shifts: dict[str, Tensor] = {}
+        self.means: dict[str, Tensor] = {}
+
+        def expect(path: str, layer: nn.Module, _: Any, output: Tensor) -> None:
+            self.means[path] = _channels(output, layer).mean(0)
+
+        self.expected = self._run(model, expect)
+
+    def _run(self, root: nn.Module, look: Callable[..., Any]) -> Any:
+        with evaluation(root), ExitStack() as stack:
+            for path in self.layers:
+                stack.callback(root.get_submodule(path).register_forward_hook(partial(look, path)).remove)
+            return feed(root, self.batch)
+
+    def _correct(self, path: str, layer: nn.Module, _: Any, output: Tensor) -> Tensor:
+        shift = self.means[path] - _channels(output, layer).mean(0)
+        self.shifts[path] = shift
+        return output + (shift.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else shift).to(output.dtype)
+
+    def loss_of(self, factors: Mapping[str, float]) -> float:
+        """Run with some factors and leave the scales there."""
+        self._scale(factors)
+        output = self._run(self.quantized, self._correct)
+        self.passes += 1
+        value = float(self.loss(output, self.expected))
+        if not math.isfinite(value):
+            raise DataError(f"the loss of the quantized model is {value}: look at its outputs and at those in float")
+        return value
+
+    def _scale(self, factors: Mapping[str, float]) -> None:
+        with torch.no_grad():
+            for path, layer in self.layers.items():
+                layer.tied.scale.copy_(self.start[path] * factors[path])
+
+    def restore(self) -> None:
+        """Put the scales back."""
+        self._scale(dict.fromkeys(self.layers, 1.0))
+
+    def settle(self, factors: Mapping[str, float]) -> None:
+        """Keep some factors, and the corrections of means that belong to them."""
+        self.loss_of(factors)
+        with torch.no_grad():
+            for path, layer in self.layers.items():
+                bias: Tensor = layer.bias  # type: ignore[assignment]  # quantized layers always have one
+                bias.add_(self.shifts[path].to(bias.dtype))
 
 
 class _Relative(nn.Module):
