@@ -99,13 +99,20 @@ def adder_accuracy() -> str:
             f"{distinct(row['dataset'] for row in own)}. Labels used: {labels}. "
             f"Seeds: {distinct(row['seed'] for row in own)}. "
             f"Float checkpoint: {distinct(row['checkpoint_sha256'][:12] for row in own)}. Commit: {commits(own)}.",
-            "Stays float: "
-            + "; ".join(dict.fromkeys(part for row in own if row["method"] != "float" for part in row["stays_float"]))
-            + ".",
+            "Stays float: " + "; ".join(by_kind([row for row in own if row["method"] != "float"])) + ".",
             machine(own),
             "\n".join(["```console", *dict.fromkeys(row["command"] for row in own), "```"]),
         ]
     return "\n\n".join(sections) or EMPTY
+
+
+def by_kind(rows: list[Row]) -> list[str]:
+    """Count the layers that stay float by their type, where a row names each."""
+    counted: dict[str, int] = {}
+    for part in rows[-1]["stays_float"] if rows else []:
+        named = re.fullmatch(r"(?P<path>.*) \((?P<kind>\w+)\): .*", part)
+        counted[named["kind"] if named else part] = counted.get(named["kind"] if named else part, 0) + 1
+    return [name if count == 1 else f"{count} {name}" for name, count in counted.items()]
 
 
 def mean_and_spread(values: list[float]) -> str:

@@ -123,7 +123,7 @@ def recorded() -> set[Cell]:
     """Cells whose row is in the results."""
     if not RESULTS.exists():
         return set()
-    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    rows = [row for line in RESULTS.read_text().splitlines() if (row := json.loads(line))["network"] == NETWORK]
     return {
         (row["settings"].get("variant"), row["weight_bits"], row["settings"].get("alpha"), row["seed"]) for row in rows
     }
