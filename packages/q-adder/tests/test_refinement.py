@@ -6,7 +6,7 @@ from torch import nn
 
 from q_adder import AdderConv2d, redistribute
 from q_adder.refinement import divergence, search_ranges, trainable, tune_ranges
-from q_core import DataError, MatchError, RangeError, load_packed, pack, save_packed
+from q_core import DataError, MatchError, RangeError, StateError, load_packed, pack, save_packed
 
 
 def network():
@@ -186,6 +186,32 @@ def test_what_is_not_quantized_is_refused():
         search_ranges(network(), network(), torch.randn(1, 3, 12, 12))
     with pytest.raises(MatchError, match="redistribute"):
         trainable(network())
+
+
+def test_ranges_of_scales_that_learn_are_not_chosen_in_vain(quantized):
+    model, batch, twin = quantized
+    for choose in (search_ranges, tune_ranges):
+        with pytest.raises(StateError, match=r"scale of '2' learns"):
+            choose(trainable(twin), model, batch)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = AdderConv2d(3, 3, 1)
+
+    def forward(self, x):
+        return self.layer(self.layer(x).relu())
+
+
+@pytest.mark.parametrize("choose", [search_ranges, tune_ranges])
+def test_a_layer_that_runs_twice_is_refused_and_nothing_is_changed(choose):
+    model, batch = Twice().eval(), torch.randn(4, 3, 5, 5)
+    twin = redistribute(model, [batch], weight_bits=3, activation_bits=3, progress=False).model
+    before = copy.deepcopy(twin.state_dict())
+    with pytest.raises(DataError, match="runs twice"):
+        choose(twin, model, batch)
+    assert all(torch.equal(before[key], value) for key, value in twin.state_dict().items())
 
 
 def test_factors_that_are_not_positive_are_refused(quantized):

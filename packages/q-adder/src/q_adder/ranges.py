@@ -18,6 +18,57 @@ from q_core.errors import DataError, RangeError, SpecError, StateError
 from q_core.histogram import StreamingHistogram
 
 
+def quantile_index(count: int, alpha: float) -> int:
+    r"""Return the place of the paper's order statistic among ascending magnitudes, $\lfloor \alpha(n-1) \rceil$.
+
+    Args:
+        count: Number of values, $n$.
+        alpha: Fraction of the magnitudes to keep, above 0 and at most 1.
+
+    Returns:
+        An index from 0 to `count - 1`; ties to even.
+
+    Raises:
+        RangeError: `alpha` outside (0, 1].
+        DataError: No values.
+
+    Source:
+        Nie et al. 2022, arXiv:2212.10200, supplement, section A.3.
+    """
+    _check_quantile(count, alpha)
+    return round(alpha * (count - 1))
+
+
+def released_quantile_index(count: int, alpha: float) -> int:
+    r"""Return the place of the released code's order statistic, $\lfloor (\lfloor n\alpha \rceil - 1)\,\alpha \rfloor$.
+
+    It applies `alpha` twice, so that the fraction kept is near $\alpha^2$: 0.9994 for 0.9997.
+
+    Args:
+        count: Number of values, $n$.
+        alpha: Fraction of the magnitudes to keep, above 0 and at most 1.
+
+    Returns:
+        An index from 0 to `count - 1`.
+
+    Raises:
+        RangeError: `alpha` outside (0, 1].
+        DataError: No values.
+
+    Source:
+        The code released with Nie et al. 2022, arXiv:2212.10200.
+    """
+    _check_quantile(count, alpha)
+    return max(0, int((round(count * alpha) - 1) * alpha))
+
+
+def _check_quantile(count: int, alpha: float) -> None:
+    if count < 1:
+        raise DataError("no values to take an order statistic of: give at least one")
+    if not 0 < alpha <= 1:
+        raise RangeError(f"alpha={alpha}: it must be above 0 and at most 1, where 1 keeps every value")
+
+
 def order_statistic(magnitudes: Float[Tensor, " n"], alpha: float) -> Float[Tensor, ""]:
     r"""Return element $\lfloor \alpha (n - 1) \rceil$ of the sorted magnitudes, counted from 0.
 
@@ -28,7 +79,7 @@ def order_statistic(magnitudes: Float[Tensor, " n"], alpha: float) -> Float[Tens
     Source:
         Nie et al. 2022, supplement, A.3.
     """
-    return _sorted_at(magnitudes, round(alpha * (magnitudes.numel() - 1)))
+    return _sorted_at(magnitudes, quantile_index(magnitudes.numel(), alpha))
 
 
 def released_statistic(magnitudes: Float[Tensor, " n"], alpha: float) -> Float[Tensor, ""]:
@@ -41,7 +92,7 @@ def released_statistic(magnitudes: Float[Tensor, " n"], alpha: float) -> Float[T
     Source:
         The released implementation of Nie et al. 2022: `int((round(n * alpha) - 1) * alpha)`.
     """
-    return _sorted_at(magnitudes, max(0, int((round(magnitudes.numel() * alpha) - 1) * alpha)))
+    return _sorted_at(magnitudes, released_quantile_index(magnitudes.numel(), alpha))
 
 
 def _sorted_at(magnitudes: Tensor, index: int) -> Tensor:
@@ -196,7 +247,7 @@ class StreamingRange(InputRange):
         return self._end(torch.cat([counts.new_tensor([other]), counts]), alpha, -1)
 
     def _end(self, counts: Tensor, alpha: float, first: int = 0) -> float:
-        rank = round(alpha * (int(counts.sum()) - 1))
+        rank = quantile_index(int(counts.sum()), alpha)
         place = int((counts.cumsum(0) > rank).nonzero()[0])
         end = max(0, first + place + 1) * float(self._histogram.width())
         return min(end, max(self.high, -self.low))

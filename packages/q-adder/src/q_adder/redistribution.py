@@ -17,7 +17,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, final
 
@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from q_adder.channels import channel_rows, hooked, shifted
 from q_adder.layers import AdderConv2d, AdderLinear, AdderMatmul
 from q_adder.quantized import (
     QuantAdderConv2d,
@@ -612,8 +613,7 @@ class _Mean:
     @classmethod
     def of(cls, output: Tensor, layer: nn.Module) -> "_Mean":
         """Take the mean of one batch."""
-        channels = output.movedim(-3, -1) if isinstance(layer, nn.Conv2d) else output
-        rows = channels.reshape(-1, channels.shape[-1])
+        rows = channel_rows(output, layer)
         return cls(rows.sum(0, dtype=torch.float64), len(rows))
 
     def __add__(self, other: "_Mean") -> "_Mean":
@@ -621,15 +621,6 @@ class _Mean:
 
     def value(self) -> Tensor:
         return self.total / self.count
-
-
-@contextmanager
-def _hooks(layers: Mapping[str, nn.Module], look: Callable[..., Any]) -> Iterator[None]:
-    """Call `look(path, layer, inputs, output)` after each layer."""
-    with ExitStack() as stack:
-        for path, layer in layers.items():
-            stack.callback(layer.register_forward_hook(partial(look, path)).remove)
-        yield
 
 
 def correct_means(
@@ -665,15 +656,14 @@ def correct_means(
     def correct(path: str, layer: nn.Module, _: Any, output: Tensor) -> Tensor:
         for means, mean in ((expected, waiting[path].pop(0)), (found, _Mean.of(output, layer))):
             means[path] = means[path] + mean if path in means else mean
-        change = shift(path).to(output.dtype)
-        return output + (change.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else change)
+        return shifted(output, shift(path), layer)
 
     def shift(path: str) -> Tensor:
         return expected[path].value() - found[path].value()
 
     with evaluation(model), evaluation(quantized), ExitStack() as hooks:
         for root, look in ((model, expect), (quantized, correct)):
-            hooks.enter_context(_hooks({path: root.get_submodule(path) for path in paths}, look))
+            hooks.enter_context(hooked(root, paths, look))
         for batch in batches:
             feed(model, batch)
             feed(quantized, batch)

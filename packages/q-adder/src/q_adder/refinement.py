@@ -9,9 +9,8 @@ distillation or with labels.
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +20,10 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
+from q_adder.channels import channel_rows, hooked, shifted
 from q_adder.quantized import QuantAdderConv2d, QuantAdderLayer, QuantAdderLinear, TiedGrid, naming
 from q_core.calibrate import evaluation, feed
-from q_core.errors import DataError, MatchError, RangeError
+from q_core.errors import DataError, MatchError, RangeError, StateError
 
 COMMON = (0.5, 0.6, 0.7, 0.8, 0.9, 1.1)
 FACTORS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
@@ -35,6 +35,54 @@ def _layers(model: nn.Module) -> dict[str, QuantAdderLayer]:
     if not found:
         raise MatchError(f"a {type(model).__name__} has no quantized adder layer: call redistribute() first")
     return found
+
+
+class _Trial:
+    """The layers of a quantized model, whose scales and biases are put back unless they are kept."""
+
+    def __init__(self, quantized: nn.Module) -> None:
+        self.layers = _layers(quantized)
+        learning = [path for path, layer in self.layers.items() if "scale" not in layer.tied._buffers]
+        if learning:
+            raise StateError(
+                f"the scale of {learning[0]!r} learns: choose ranges first, and make the trainable() copy of the result"
+            )
+        self.scales = {path: layer.tied.scale.clone() for path, layer in self.layers.items()}
+        self.biases = {path: _bias(layer).detach().clone() for path, layer in self.layers.items()}
+
+    @torch.no_grad()
+    def put(self, path: str, factor: float, shift: Tensor | float = 0.0) -> None:
+        """Multiply the scale of a layer, as it was, by a factor, and add to its bias, as it was."""
+        self.layers[path].tied.scale.copy_(self.scales[path] * factor)
+        _bias(self.layers[path]).copy_(self.biases[path] + shift)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for path in self.layers:
+            self.put(path, 1.0)
+
+
+def _bias(layer: QuantAdderLayer) -> Tensor:
+    """Return the bias, which every quantized layer has."""
+    bias: Tensor = layer.bias  # type: ignore[assignment]
+    return bias
+
+
+def _float_outputs(
+    model: nn.Module, layers: Mapping[str, QuantAdderLayer], batch: Any, keep: Callable[[Tensor, nn.Module], Tensor]
+) -> tuple[Any, dict[str, Tensor]]:
+    """Run the float model; return its output and what `keep` makes of that of each layer."""
+    kept: dict[str, Tensor] = {}
+
+    def look(path: str, layer: nn.Module, _: Any, output: Tensor) -> None:
+        if path in kept:
+            raise DataError(
+                f"layer {path!r} runs twice in a pass, and its outputs cannot be told apart: leave it float"
+            )
+        kept[path] = keep(output, layer)
+
+    with evaluation(model), hooked(model, layers, look):
+        return feed(model, batch), kept
 
 
 def search_ranges(
@@ -59,50 +107,34 @@ def search_ranges(
         DataError: A layer runs more than once in a pass, and it cannot be told which output belongs to which call.
         MatchError: There is no quantized adder layer.
         RangeError: A factor is not positive.
+        StateError: The scales learn already.
     """
     if not factors or min(factors) <= 0:
         raise RangeError(f"factors={tuple(factors)}: at least one is needed, and all must be positive")
-    layers = _layers(quantized)
-    expected: dict[str, Tensor] = {}
+    trial = _Trial(quantized)
+    _, expected = _float_outputs(model, trial.layers, batch, lambda output, _: output)
     chosen: dict[str, float] = {}
 
-    def expect(path: str, _: nn.Module, inputs: Any, output: Tensor) -> None:
-        if path in expected:
-            raise DataError(f"layer {path!r} runs twice in a pass: its range cannot be searched for; leave it out")
-        expected[path] = output
-
-    def choose(path: str, layer: Any, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
-        start, best, least = layer.tied.scale.clone(), (1.0, torch.empty(0)), float("inf")
+    def choose(path: str, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        least, best, shift = math.inf, output, torch.zeros(())
         for factor in factors:
-            layer.tied.scale.copy_(start * factor)
+            trial.put(path, factor)
             output = layer.forward(inputs[0])
-            error = _centred(expected[path] - output, layer).square().mean()
-            if float(error) < least:
-                least, best = float(error), (factor, output)
-        factor, output = best
-        layer.tied.scale.copy_(start * factor)
-        chosen[path] = factor
-        shift = _channels(expected[path] - output, layer).mean(0)
-        layer.bias.add_(shift.to(layer.bias.dtype))
-        return output + (shift.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else shift).to(output.dtype)
+            gap = channel_rows(expected[path] - output, layer)
+            error = float((gap - gap.mean(0)).square().mean())
+            if error < least:
+                least, best, shift, chosen[path] = error, output, gap.mean(0), factor
+        if path not in chosen:
+            raise DataError(f"the error of {path!r} is not a number for any factor: look at its outputs")
+        trial.put(path, chosen[path], shift)
+        return shifted(best, shift, layer)
 
-    for root, look in ((model, expect), (quantized, choose)):
-        with evaluation(root), ExitStack() as stack:
-            for path in layers:
-                hook = partial(look, path)
-                stack.callback(root.get_submodule(path).register_forward_hook(hook).remove)
-            feed(root, batch)
+    with ExitStack() as undo:
+        undo.callback(trial.restore)
+        with evaluation(quantized), hooked(quantized, trial.layers, choose):
+            feed(quantized, batch)
+        undo.pop_all()
     return chosen
-
-
-def _channels(values: Tensor, layer: nn.Module) -> Tensor:
-    last = values.movedim(-3, -1) if isinstance(layer, nn.Conv2d) else values
-    return last.reshape(-1, last.shape[-1])
-
-
-def _centred(values: Tensor, layer: nn.Module) -> Tensor:
-    rows = _channels(values, layer)
-    return rows - rows.mean(0)
 
 
 def divergence(output: Float[Tensor, "*n classes"], expected: Float[Tensor, "*n classes"]) -> Float[Tensor, ""]:
@@ -170,23 +202,23 @@ def tune_ranges(
         DataError: The loss is not a finite number.
         MatchError: There is no quantized adder layer.
         RangeError: A factor is not positive.
+        StateError: The scales learn already.
     """
     for name, values in (("common", common), ("moves", moves)):
         if any(value <= 0 for value in values):
             raise RangeError(f"{name}={tuple(values)}: all factors must be positive")
     search = _Search(quantized, model, batch, loss)
-    total = len(set(common) | {1.0}) + rounds * len(search.layers) * len(moves)
+    total = len(set(common) | {1.0}) + rounds * len(search.trial.layers) * len(moves)
     with (
         ExitStack() as undo,
         tqdm(total=total, desc="tune ranges", unit="pass", disable=None if progress else True) as bar,
     ):
-        undo.callback(search.restore)
-        every = dict.fromkeys(search.layers, 1.0)
+        undo.callback(search.trial.restore)
+        every = dict.fromkeys(search.trial.layers, 1.0)
         best, before = every, search.loss_of(every)
         least = before
         bar.update()
-        trials: Iterator[dict[str, float]] = (dict.fromkeys(every, factor) for factor in common if factor != 1.0)
-        for trial in trials:
+        for trial in [dict.fromkeys(every, factor) for factor in common if factor != 1.0]:
             value = search.loss_of(trial)
             bar.update()
             if value < least:
@@ -208,54 +240,34 @@ class _Search:
 
     def __init__(self, quantized: nn.Module, model: nn.Module, batch: Any, loss: Callable[[Any, Any], Tensor]) -> None:
         self.quantized, self.batch, self.loss = quantized, batch, loss
-        self.layers = _layers(quantized)
-        self.start = {path: layer.tied.scale.detach().clone() for path, layer in self.layers.items()}
+        self.trial = _Trial(quantized)
         self.passes = 0
         self.shifts: dict[str, Tensor] = {}
-        self.means: dict[str, Tensor] = {}
-
-        def expect(path: str, layer: nn.Module, _: Any, output: Tensor) -> None:
-            self.means[path] = _channels(output, layer).mean(0)
-
-        self.expected = self._run(model, expect)
-
-    def _run(self, root: nn.Module, look: Callable[..., Any]) -> Any:
-        with evaluation(root), ExitStack() as stack:
-            for path in self.layers:
-                stack.callback(root.get_submodule(path).register_forward_hook(partial(look, path)).remove)
-            return feed(root, self.batch)
+        self.expected, self.means = _float_outputs(
+            model, self.trial.layers, batch, lambda output, layer: channel_rows(output, layer).mean(0)
+        )
 
     def _correct(self, path: str, layer: nn.Module, _: Any, output: Tensor) -> Tensor:
-        shift = self.means[path] - _channels(output, layer).mean(0)
-        self.shifts[path] = shift
-        return output + (shift.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else shift).to(output.dtype)
+        self.shifts[path] = self.means[path] - channel_rows(output, layer).mean(0)
+        return shifted(output, self.shifts[path], layer)
 
     def loss_of(self, factors: Mapping[str, float]) -> float:
         """Run with some factors and leave the scales there."""
-        self._scale(factors)
-        output = self._run(self.quantized, self._correct)
+        for path, factor in factors.items():
+            self.trial.put(path, factor)
+        with evaluation(self.quantized), hooked(self.quantized, factors, self._correct):
+            output = feed(self.quantized, self.batch)
+            value = float(self.loss(output, self.expected))
         self.passes += 1
-        value = float(self.loss(output, self.expected))
         if not math.isfinite(value):
             raise DataError(f"the loss of the quantized model is {value}: look at its outputs and at those in float")
         return value
 
-    def _scale(self, factors: Mapping[str, float]) -> None:
-        with torch.no_grad():
-            for path, layer in self.layers.items():
-                layer.tied.scale.copy_(self.start[path] * factors[path])
-
-    def restore(self) -> None:
-        """Put the scales back."""
-        self._scale(dict.fromkeys(self.layers, 1.0))
-
     def settle(self, factors: Mapping[str, float]) -> None:
         """Keep some factors, and the corrections of means that belong to them."""
         self.loss_of(factors)
-        with torch.no_grad():
-            for path, layer in self.layers.items():
-                bias: Tensor = layer.bias  # type: ignore[assignment]  # quantized layers always have one
-                bias.add_(self.shifts[path].to(bias.dtype))
+        for path, factor in factors.items():
+            self.trial.put(path, factor, self.shifts[path])
 
 
 class _Relative(nn.Module):
