@@ -286,8 +286,11 @@ def digits_like(count=96):
 
 
 def network() -> nn.Sequential:
-    layers = [nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), AdderConv2d(6, 6, 3), nn.BatchNorm2d(6)]
-    return nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), AdderLinear(96, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    # One pass in training mode gives these batch norms the statistics of the data; with the usual momentum it would
+    # leave nothing alive behind the rectifiers.
+    norms = [nn.BatchNorm2d(6, momentum=None), nn.BatchNorm2d(6, momentum=None), nn.BatchNorm1d(4, momentum=None)]
+    first = [nn.Conv2d(2, 6, 3, padding=1), norms[0], nn.ReLU(), AdderConv2d(6, 6, 3), norms[1], nn.ReLU()]
+    return nn.Sequential(*first, nn.Flatten(), AdderLinear(96, 4), norms[2], nn.Linear(4, 2))
 
 
 @pytest.mark.parametrize("bits", [2, 4])
