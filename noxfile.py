@@ -171,29 +171,37 @@ def zoo(session: nox.Session) -> None:
     session.run("pytest", "packages", "-m", "zoo", *session.posargs)
 
 
-SUITES = {"ptq": "ptq.py", "adder": "adder.py", "adder-deit": "adder_deit.py"}
+ACCURACY = {"ptq": "ptq.py", "adder": "adder.py", "adder-deit": "adder_deit.py", "adder-qat": "adder_qat.py"}
+SPEED = {"quantizers": "run.py", "adder": "adder.py"}
+
+
+def scripts(session: nox.Session, suites: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """The scripts of all suites, or of the one that `--suite` names, and the other arguments."""
+    arguments = list(session.posargs)
+    if "--suite" not in arguments:
+        return list(suites.values()), arguments
+    place = arguments.index("--suite")
+    name = " ".join(arguments[place + 1 : place + 2])
+    if name not in suites:
+        session.error(f"--suite {name}: there are {', '.join(suites)}")
+    return [suites[name]], arguments[:place] + arguments[place + 2 :]
 
 
 @nox.session
 def accuracy(session: nox.Session) -> None:
     """Measure accuracy on real images: `nox -s accuracy -- --data DIR [--suite NAME]`."""
-    install(session, *PACKAGES, tools=["pillow>=10"])
-    arguments = list(session.posargs)
+    chosen, arguments = scripts(session, ACCURACY)
     if "--data" not in arguments:
         session.error("say where the images and networks are: nox -s accuracy -- --data DIR")
-    suites = list(SUITES)
-    if "--suite" in arguments:
-        place = arguments.index("--suite")
-        suites = arguments[place + 1 : place + 2]
-        del arguments[place : place + 2]
-    for suite in suites:
-        if suite not in SUITES:
-            session.error(f"--suite {suite}: there are {', '.join(SUITES)}")
-        session.run("python", f"benchmarks/accuracy/{SUITES[suite]}", *arguments)
+    install(session, *PACKAGES, tools=["pillow>=10"])
+    for script in chosen:
+        session.run("python", f"benchmarks/accuracy/{script}", *arguments)
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure speed beside the named peers, each in an environment of its own."""
+    """Measure speed beside the named peers: `nox -s bench -- [--suite NAME]`."""
+    chosen, arguments = scripts(session, SPEED)
     install_torchvision(session, *PACKAGES)
-    session.run("python", "benchmarks/speed/run.py", *session.posargs)
+    for script in chosen:
+        session.run("python", f"benchmarks/speed/{script}", *arguments)

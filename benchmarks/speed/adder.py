@@ -1,6 +1,6 @@
 """Speed of adder layers beside what one would write in plain torch, as ratios measured in one run.
 
-    python benchmarks/speed/adder.py [--threads N ...] [--only layers|step] [--rounds N] [--out FILE]
+    nox -s bench -- --suite adder [--threads N ...] [--only layers|step] [--rounds N] [--out FILE]
 
 Needs `q-kernels[cpu]` installed, because kernels are found through its entry points. All parties run in this process on
 the same tensors and threads, in turn, round after round, after each was compared with the meaning of its operator on

@@ -1,6 +1,6 @@
 """Speed beside the named peers, as ratios measured in one run.
 
-    nox -s bench [-- --threads N --environments DIR --only calibration|forward]
+    nox -s bench -- --suite quantizers [--threads N --environments DIR --only calibration|forward]
 
 Every party runs in a process of its own, peers in an environment of their own with the versions below, with the same
 network, the same images and the same number of threads. The parties are asked in turn, round after round. A row holds

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from q_adder import AdderConv2d, redistribute
+from q_adder import AdderConv2d, Interval, OneSided, Published, Symmetric, redistribute
 from q_adder.refinement import divergence, search_ranges, trainable, tune_ranges
 from q_core import DataError, MatchError, RangeError, StateError, load_packed, pack, save_packed
 
@@ -168,6 +168,23 @@ def test_a_trained_model_packs_and_reloads(quantized, tmp_path):
     save_packed(packed, tmp_path / "model.safetensors")
     with torch.no_grad():
         assert torch.equal(load_packed(tmp_path / "model.safetensors", model)(batch), trained(batch))
+
+
+@pytest.mark.parametrize("scheme", [OneSided(), Symmetric(), Interval(), Published()])
+@pytest.mark.parametrize("factor", [0.3, 1.0, 1.1])
+def test_a_layer_that_is_dead_at_calibration_is_named_and_can_be_given_a_scale(scheme, factor):
+    model, batch = network(), torch.randn(32, 3, 12, 12)
+    with torch.no_grad():
+        model[3].bias -= 1e3  # nothing passes the rectifier behind it
+    result = redistribute(model, [batch], weight_bits=2, activation_bits=2, scheme={"5": scheme}, progress=False)
+    assert [layer.dead for layer in result.layers] == [False, True]
+    assert "\n5 is dead: its inputs were all but zero" in str(result)
+    scale = result.model.get_submodule("5").tied.scale
+    scale *= factor  # of a search, which cannot tell one range of a dead layer from another
+    with pytest.raises(StateError, match=r"inputs of '5' were all but zero .* get_submodule\('5'\)\.tied\.scale"):
+        trainable(result.model)
+    scale.fill_(0.5)
+    assert torch.equal(trainable(result.model).get_submodule("5").tied.scale, scale)
 
 
 def test_the_state_of_a_trained_model_loads_into_another_copy(quantized):

@@ -11,6 +11,7 @@ from torch import nn
 import q_core
 from q_core import Quantizer, QuantLinear, Rule, UniformGrid
 from q_core.analysis import compare, distributions
+from q_core.swap import share, wrap_units
 
 
 def linear(weight: list[list[float]]) -> nn.Linear:
@@ -293,3 +294,36 @@ def test_every_value_is_in_a_bin(values: list[float], scale: float) -> None:
     assert bool((entry.edges.diff() > 0).all())
     beyond = sum(value < -scale / 2 or value > 3.5 * scale for value in values)
     assert entry.clipped == beyond / len(values)
+
+
+def test_layers_in_a_unit_are_compared_with_those_of_the_float_model() -> None:
+    exact, quantized, batch = quantized_branches(4, 4)
+    plain = compare(exact, quantized, batch)
+    wrapped = wrap_units(share(quantized), ["conv1", "relu", "bn1"])
+    found = {error.path: error for error in compare(exact, wrapped, batch)}
+    for error in plain:
+        path = "conv1.body" if error.path == "conv1" else error.path
+        assert (found[path].local, found[path].accumulated) == (error.local, error.accumulated)
+    # With empty slots a unit is its body; the batch norm was folded, and nothing happens to what passes.
+    assert (found["conv1"].kind, found["conv1"].local) == ("QuantUnit", found["conv1.body"].local)
+    assert found["relu"].local == math.inf
+    assert set(found) == {"conv1", "conv1.body", "relu", "bn1", "conv2", "add", "cat", "fc"}
+    both = {error.path: error for error in compare(wrap_units(share(exact), ["conv1", "fc"]), wrapped, batch)}
+    assert both == found
+
+
+def test_batch_norms_in_units_are_found_in_the_float_model() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).eval()
+    twin, _ = q_core.swap(
+        wrap_units(share(model), ["1"]), [Rule("0|1", input=q_core.Recipe(q_core.QuantSpec.signed(8)))]
+    )
+    q_core.calibrate(twin, [images()])
+    assert [error.path for error in compare(model, twin, images())] == ["0", "1"]
+
+
+def test_what_enters_the_quantizers_of_a_unit_is_shown() -> None:
+    unit = wrap_units(integer_grid(linear([[1.0]])), [""])
+    unit.output_quantizer = Quantizer(UniformGrid(torch.ones(1), qmin=-2, qmax=1))
+    entries = distributions(unit, torch.tensor([[2.75], [-1.0]]))
+    assert [(entry.path, entry.tensor) for entry in entries] == [("body", "input"), ("", "output")]
+    assert entries[1].clipped == 0.5

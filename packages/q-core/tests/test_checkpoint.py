@@ -27,6 +27,7 @@ from q_core import (
     Quantizer,
     QuantLinear,
     QuantSpec,
+    QuantUnit,
     Recipe,
     Rounding,
     Rule,
@@ -42,7 +43,8 @@ from q_core import (
     swap,
 )
 from q_core.checkpoint import _digest, describe, rebuild, write_atomically
-from q_core.packed import packed_form
+from q_core.packed import PackedTensor, packed_form
+from q_core.swap import wrap_units
 
 from .networks import (
     Inception,
@@ -279,6 +281,164 @@ def test_the_folder_is_made_and_the_path_returned(tmp_path: pathlib.Path) -> Non
     assert target.stat().st_mode & 0o777 == 0o644
 
 
+# Roundings of other packages
+
+
+def assert_rounding_survives(rounding: Rounding, path: pathlib.Path) -> Rounding:
+    model, x = nn.Sequential(QuantLinear(3, 2)), torch.randn(5, 3)
+    model[0].input_quantizer = Quantizer(UniformGrid(torch.full((1,), 0.2), qmin=-8, qmax=7), rounding)
+    packed = pack(model)
+    save_packed(packed, path)
+    loaded = load_packed(path, nn.Sequential(nn.Linear(3, 2)))
+    with torch.no_grad():
+        assert_bit_equal(loaded(x), model(x))
+    assert not any(parameter.requires_grad for parameter in loaded[0].input_quantizer.parameters())
+    assert save_packed(loaded, path.with_name("again")).read_bytes() == path.read_bytes()
+    return loaded[0].input_quantizer.rounding
+
+
+def test_a_rounding_of_another_package_comes_back(path: pathlib.Path) -> None:
+    assert type(assert_rounding_survives(Upward(), path)) is Upward
+    told = assert_rounding_survives(Told(0.125), path)
+    assert type(told) is Told
+    assert told.shift == 0.125
+
+
+def test_a_rounding_that_holds_tensors_and_another_rounding_comes_back_frozen(path: pathlib.Path) -> None:
+    rounding = Learned(torch.tensor([1.5, 0.0, -0.5]), Told(0.75))
+    rounding.calls += 3
+    loaded = assert_rounding_survives(rounding, path)
+    assert type(loaded) is Learned
+    assert type(loaded.inner) is Told
+    assert_bit_equal(loaded.state_dict(), rounding.state_dict())
+
+
+def test_packing_freezes_a_copy_of_a_rounding_that_learns() -> None:
+    quantizer = Quantizer(UniformGrid(torch.ones(1), qmin=0, qmax=3), Learned(torch.ones(1), Upward()))
+    frozen = quantizer.frozen()
+    assert quantizer.rounding.shifts.requires_grad
+    assert not frozen.rounding.shifts.requires_grad
+    assert frozen.rounding.shifts.data_ptr() != quantizer.rounding.shifts.data_ptr()
+    still = Told()
+    assert Quantizer(quantizer.grid, still).frozen().rounding is still
+
+
+def test_a_rounding_that_is_not_imported_is_named(path: pathlib.Path) -> None:
+    assert_rounding_survives(Upward(), path)
+
+    def forge(header: dict[str, Any], _: Any) -> None:
+        header["description"]["quantizers"]["0.input_quantizer"]["rounding"] = "elsewhere.Downward"
+
+    rewrite(path, forge)
+    complaint = r"0\.input_quantizer rounds with 'elsewhere\.Downward', which nothing that is imported defines: import"
+    with pytest.raises(FormatError, match=complaint):
+        load_packed(path, nn.Sequential(nn.Linear(3, 2)))
+
+
+def test_a_rounding_that_another_of_the_same_name_hides_is_refused(path: pathlib.Path) -> None:
+    model = nn.Sequential(QuantAdd())
+    model[0].left_quantizer = Quantizer(UniformGrid(torch.ones(1), qmin=0, qmax=3), Upward())
+    hiding = namesake()
+    with pytest.raises(StateError, match=r"0\.left_quantizer rounds with a Upward.*made a Upward"):
+        save_packed(pack(model), path)
+    model[0].left_quantizer = Quantizer(model[0].left_quantizer.grid, hiding)
+    save_packed(pack(model), path)
+
+
+def test_facts_that_do_not_fit_the_rounding_are_refused(path: pathlib.Path) -> None:
+    for facts in ({"shift": 0, "more": 1}, [1], 3, {"size": [10**9, 10**9]}):
+        assert_rounding_survives(Told(0.5), path)
+        rewrite(
+            path,
+            lambda header, _, facts=facts: header["description"]["quantizers"]["0.input_quantizer"].update(facts=facts),
+        )
+        with pytest.raises(FormatError, match="does not fit a Sequential"):
+            load_packed(path, nn.Sequential(nn.Linear(3, 2)))
+
+
+# Units
+
+
+def in_units(*, paths: tuple[str, ...] = ("add", "shortcut", "fc")) -> tuple[nn.Module, list[Tensor]]:
+    """Quantize a network with units, each with something in its slots."""
+    batches = images()
+    model = wrap_units(fold_batchnorm(trained(Residual()), batches[0]), paths)
+    activation = recipes()[1]
+    rules = [Rule("|".join(paths), input=activation, output=Recipe(QuantSpec.signed(6))), *everything(4, 5)]
+    twin, _ = swap(model, rules)
+    calibrate(twin, batches)
+    return twin, batches
+
+
+class TwoArguments(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+        self.again = self.inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.inner(x))
+
+
+def test_units_come_back_bit_for_bit(path: pathlib.Path) -> None:
+    model, batches = in_units(paths=("shortcut", "depthwise", "fc"))
+    loaded = assert_round_trip(model, Residual(), path, batches[0])
+    assert isinstance(loaded.fc, QuantUnit)
+    assert isinstance(loaded.fc.body, PackedLinear)
+    assert isinstance(loaded.fc.output_quantizer, Quantizer)
+    with safe_open(path, framework="pt") as file:
+        description = json.loads(file.metadata()["q-pack"])["description"]
+    assert description["wrapped"] == ["depthwise", "shortcut", "fc"]
+    assert "shortcut.body.packed_weight" in description["packed"]
+
+
+def test_any_model_of_the_architecture_is_a_skeleton_of_units(path: pathlib.Path) -> None:
+    model, batches = in_units(paths=("shortcut", "fc"))
+    for skeleton in (
+        wrap_units(Residual(), ["fc", "stem"]),
+        wrap_units(Residual(), ["", "body.fc"]),
+        model,
+        pack(model),
+    ):
+        assert_round_trip(model, skeleton, path, batches[0])
+    plain = nearest(trained(Residual()), batches).model
+    assert_round_trip(plain, model, path, batches[0])
+
+
+def test_nested_and_shared_units_come_back(path: pathlib.Path) -> None:
+    model = wrap_units(TwoArguments(), ["", "body.inner", "body.inner.body.1"])
+    twin, _ = swap(model, [Rule(".*", *recipes(4), output=recipes()[1])])
+    x = torch.randn(6, 3)
+    calibrate(twin, [x], on_reuse="merge")
+    loaded = assert_round_trip(twin, TwoArguments(), path, x)
+    assert loaded.body.again is loaded.body.inner
+    assert isinstance(loaded.body.inner.body[1], QuantUnit)
+    assert isinstance(QuantUnit(loaded).body, QuantUnit)
+    nested = QuantUnit(QuantUnit(QuantLinear(3, 2)))
+    nested.body.output_quantizer = Quantizer(UniformGrid(torch.ones(1), qmin=-1, qmax=1))
+    assert_round_trip(nested.eval(), nn.Linear(3, 2), path, x)
+
+
+def test_a_body_that_is_not_only_in_its_unit_is_refused(path: pathlib.Path) -> None:
+    packed, _ = small(path)
+    model = nn.Sequential(QuantUnit(packed[0]), packed[0])
+    with pytest.raises(StateError, match="the body of the unit '0' is also in 'the model', outside of that unit"):
+        save_packed(model, path)
+
+
+def test_a_file_without_units_does_not_speak_of_them(path: pathlib.Path) -> None:
+    small(path)
+    with safe_open(path, framework="pt") as file:
+        assert "wrapped" not in json.loads(file.metadata()["q-pack"])["description"]
+
+
+def test_a_unit_at_no_place_of_the_skeleton_is_refused(path: pathlib.Path) -> None:
+    small(path)
+    rewrite(path, lambda header, _: header["description"].update(wrapped=["0", "7"]))
+    with pytest.raises(FormatError, match="module '7' is not in the model"):
+        load_packed(path, nn.Sequential(nn.Linear(3, 2)))
+
+
 # What is not saved
 
 
@@ -295,16 +455,82 @@ def test_a_model_that_is_not_packed_is_refused(path: pathlib.Path) -> None:
 
 
 class Upward(Rounding):
+    """A rounding of another package without a constructor."""
+
     def forward(self, u: Tensor) -> Tensor:
         return torch.ceil(u)
+
+
+class Shifted(Rounding):
+    """A rounding with an argument, of which it tells nothing."""
+
+    def __init__(self, shift: Any = 0.25) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, u: Tensor) -> Tensor:
+        return torch.floor(u + self.shift)
+
+
+class Told(Shifted):
+    """A rounding with a plain argument."""
+
+    def facts(self) -> dict[str, Any]:
+        return {"shift": self.shift}
+
+
+class Learned(Rounding):
+    """A rounding that holds another one, a parameter and a buffer."""
+
+    def __init__(self, shifts: Tensor, inner: Rounding) -> None:
+        super().__init__()
+        self.inner = inner
+        self.shifts = nn.Parameter(shifts)
+        self.calls: Tensor
+        self.register_buffer("calls", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.inner(u) + torch.floor(self.shifts)
+
+    def facts(self) -> dict[str, Any]:
+        return {"size": tuple(self.shifts.shape), "inner": self.inner.facts()}
+
+    @classmethod
+    def from_facts(cls, facts: Any) -> "Learned":
+        return cls(torch.empty(facts["size"]), Told.from_facts(facts["inner"]))
+
+
+class Misshapen(Learned):
+    """A rounding that tells the wrong shape."""
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {"size": [7]}
+
+
+def namesake() -> Rounding:
+    class Upward(Rounding):
+        def forward(self, u: Tensor) -> Tensor:
+            return u
+
+    Upward.__qualname__ = "Upward"
+    return Upward()
+
+
+UNTOLD = [
+    (Shifted(), r"Shifted, which the format cannot hold: a Shifted tells no facts: override facts\(\)"),
+    (Told(torch.ones(1)), "Told, which the format cannot hold: Object of type Tensor is not JSON serializable"),
+    (Told(float("inf")), "Told, which the format cannot hold: Out of range float values"),
+    (Misshapen(torch.ones(2), Told()), r"Misshapen, .*from_facts\(\) made a Misshapen with tensors of shapes .*\(7,\)"),
+]
 
 
 def test_what_the_format_cannot_describe_is_refused_by_name(path: pathlib.Path) -> None:
     packed, _ = small(path)
     before = path.read_bytes()
-    packed[0].input_quantizer.rounding = Upward()
-    with pytest.raises(StateError, match=r"0\.input_quantizer rounds with a Upward.*known are NearestEven"):
-        save_packed(packed, path)
+    for rounding, complaint in UNTOLD:
+        packed[0].input_quantizer.rounding = rounding
+        with pytest.raises(StateError, match=rf"0\.input_quantizer rounds with a {complaint}.*before save_packed\(\)"):
+            save_packed(packed, path)
 
     class Stateful(nn.Sequential):
         def get_extra_state(self) -> dict[str, int]:
@@ -754,3 +980,59 @@ def test_a_skeleton_without_the_layer_of_another_package_is_refused(path: pathli
         load_packed(path, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3)))
     with pytest.raises(FormatError, match=r"the layer has 4 weights, the file 3"):
         load_packed(path, own(Rounded, size=4))
+
+
+class Doubled(nn.Module):
+    """A packed layer of another package that replaces a layer of torch, with a weight and a quantizer of ours."""
+
+    def __init__(self, weight: nn.Module | None = None, quantizer: nn.Module | None = None) -> None:
+        super().__init__()
+        self.table = nn.Identity() if weight is None else weight
+        self.some_quantizer = nn.Identity() if quantizer is None else quantizer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.some_quantizer(x) @ self.table(x.dtype).t()
+
+
+class QuantDoubled(nn.Module):
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight = layer.weight
+        self.weight_quantizer = Quantizer(UniformGrid(torch.full((1,), 0.1), qmin=-4, qmax=3))
+        self.some_quantizer = Quantizer(UniformGrid(torch.full((1,), 0.2), qmin=-8, qmax=7), Told(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.some_quantizer(x) @ self.weight_quantizer(self.weight).t()
+
+
+@packed_form.register
+def _(module: QuantDoubled) -> nn.Module:
+    if module.weight.numel() > 100:
+        raise StateError("too large")
+    return Doubled(PackedTensor.from_quantizer(module.weight, module.weight_quantizer), module.some_quantizer)
+
+
+@describe.register
+def _(module: Doubled) -> dict[str, Any]:
+    return {"factor": 2}
+
+
+@rebuild.register(Doubled)
+def _(layer: nn.Module, entry: dict[str, Any]) -> nn.Module:
+    return Doubled()
+
+
+def test_a_packed_module_in_the_place_of_a_layer_of_torch_survives_a_file(path: pathlib.Path) -> None:
+    layer, x = nn.Linear(3, 2, bias=False), torch.randn(4, 3)
+    model = nn.Sequential(QuantDoubled(layer), QuantLinear(2, 3)).eval()
+    loaded = assert_round_trip(model, nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 3)), path, x)
+    assert isinstance(loaded[0], Doubled)
+    rewrite(path, lambda header, _: header["description"]["own"]["0"].update(form="elsewhere.Tripled"))
+    with pytest.raises(FormatError, match=r"0 was packed as a 'elsewhere\.Tripled', which nothing that is imported"):
+        load_packed(path, nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 3)))
+
+
+def test_an_error_while_packing_names_the_module() -> None:
+    with pytest.raises(StateError) as caught:
+        pack(nn.Sequential(QuantDoubled(nn.Linear(30, 20))))
+    assert caught.value.__notes__ == ["while packing 0"]

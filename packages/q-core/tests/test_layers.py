@@ -16,6 +16,8 @@ from q_core import (
     Quantizer,
     QuantLinear,
     QuantSpec,
+    QuantUnit,
+    SpecError,
     UniformGrid,
 )
 from q_core.layers import conv_arguments, linear_arguments, slots
@@ -172,3 +174,45 @@ def test_the_shape_of_a_scale_per_channel_comes_from_the_layer() -> None:
         layer.input_quantizer = MinMaxObserver(per_channel, shape)
         layer(x)
         assert layer.input_quantizer.grid().scale.shape == shape
+
+
+class Block(nn.Module):
+    """A residual block whose skip path reads its input, with a second input and an option."""
+
+    def __init__(self, features: int = 3) -> None:
+        super().__init__()
+        self.linear = nn.Linear(features, features)
+
+    def forward(self, x: Tensor, shift: Tensor | float = 0.0, *, negate: bool = False) -> Tensor:
+        out = (self.linear(x) + x + shift).relu()
+        return -out if negate else out
+
+
+def test_a_unit_with_empty_slots_is_its_body() -> None:
+    block = Block().eval()
+    unit = QuantUnit(block)
+    x = torch.randn(5, 3)
+    assert not unit.training
+    assert_bit_equal(unit(x), block(x))
+    assert_bit_equal(unit(x, 2.0, negate=True), block(x, 2.0, negate=True))
+    assert [name for name, _, parameter in slots(unit)] == ["input_quantizer", "output_quantizer"]
+    assert set(unit.state_dict()) == {"body.linear.weight", "body.linear.bias"}
+
+
+def test_a_unit_quantizes_what_every_branch_reads_and_what_the_block_returns() -> None:
+    block = Block()
+    unit = QuantUnit(block)
+    x, shift = torch.randn(5, 3), torch.randn(5, 3)
+    unit.input_quantizer = quantizer(torch.tensor([0.5]))
+    assert_bit_equal(unit(x, shift), block(unit.input_quantizer(x), shift))
+    unit.output_quantizer = quantizer(torch.tensor([0.3]))
+    assert_bit_equal(unit(x, shift=shift), unit.output_quantizer(block(unit.input_quantizer(x), shift)))
+
+
+def test_a_unit_refuses_a_body_that_returns_no_tensor() -> None:
+    class Pair(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x, x
+
+    with pytest.raises(SpecError, match="a Pair in a unit returned a tuple: a unit quantizes one tensor"):
+        QuantUnit(Pair())(torch.ones(2))

@@ -22,6 +22,7 @@ from q_core import (
     QuantConv2d,
     QuantLinear,
     QuantSpec,
+    QuantUnit,
     Recipe,
     Rule,
     ShapeError,
@@ -33,7 +34,7 @@ from q_core import (
     pack,
     swap,
 )
-from q_core.swap import replace_modules, replace_submodule, share
+from q_core.swap import plain_path, replace_modules, replace_submodule, share, unwrap_units, wrap_units
 
 from .networks import (
     CalledTwice,
@@ -650,3 +651,97 @@ def test_an_observer_that_a_recipe_makes_gets_everything_it_asks_for() -> None:
     twin, _ = swap(nn.Sequential(nn.Conv2d(3, 4, 3)), [Rule("0", weight=recipe)])
     assert isinstance(twin[0], QuantConv2d)
     assert made == [{"spec": recipe.spec, "shape": (4, 1, 1, 1), "grid": recipe.grid, "rounding": recipe.rounding}]
+
+
+# Units
+
+
+class Blocks(nn.Module):
+    """Two blocks with skip paths, the second one used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.second = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+        self.third = self.second
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(self.first(x)))
+
+
+def test_units_are_wrapped_and_unwrapped_and_the_function_is_the_same() -> None:
+    model, x = Blocks(), torch.randn(5, 4)
+    expected, tree = model(x), list(model.named_modules())
+    wrapped = wrap_units(model, ["first", "second", "second.body.1", "third"])
+    assert wrapped is model
+    assert isinstance(model.first, QuantUnit)
+    assert model.third is model.second
+    assert isinstance(model.second.body[1], QuantUnit)
+    assert not isinstance(model.second.body, QuantUnit)
+    assert_bit_equal(model(x), expected)
+    assert plain_path(model, "second.body.1.body.0") == "second.1.0"
+    assert unwrap_units(model) is model
+    assert list(model.named_modules()) == tree
+
+
+def test_a_whole_model_can_be_a_unit_and_a_unit_the_body_of_another() -> None:
+    layer = nn.Linear(3, 2)
+    unit = wrap_units(layer, [""])
+    assert isinstance(unit, QuantUnit)
+    assert wrap_units(unit, [""]) is unit
+    assert plain_path(unit, "body") == ""
+    assert unwrap_units(QuantUnit(unit)) is layer
+
+
+def test_a_unit_at_no_place_is_refused() -> None:
+    with pytest.raises(MatchError, match="module 'fourth' is not in the model, so it cannot become a unit"):
+        wrap_units(Blocks(), ["fourth"])
+
+
+def test_a_rule_fills_the_slots_of_a_unit_by_what_they_see() -> None:
+    model = wrap_units(Blocks(), ["first", "second"])
+    weight, activation = recipes(4, 8)
+    output = Recipe(QuantSpec.unsigned(3))
+    rules = [
+        Rule("second", input=activation, output=output),
+        Rule("first", output=output),
+        Rule(r"second\.body\..*", weight, activation, output=output),
+    ]
+    with untouched(model):
+        twin, report = swap(model, rules)
+    assert [(layer.path, layer.kind) for layer in report.swapped] == [
+        ("first", "QuantUnit"),
+        ("second", "QuantUnit"),
+        ("second.body.0", "Linear"),
+        ("second.body.1.0", "Linear"),
+    ]
+    bits = [tuple(spec and spec.bits for spec in (layer.weight, layer.input, layer.output)) for layer in report.swapped]
+    assert bits == [(None, None, 3), (None, 8, 3), (4, 8, None), (4, 8, None)]
+    assert isinstance(twin.first.input_quantizer, nn.Identity)
+    assert twin.first.output_quantizer.spec.bits == 3
+    assert str(report).splitlines()[0].split() == ["first", "QuantUnit", "W32A32O3"]
+    assert str(report).splitlines()[2].split() == ["second.body.0", "Linear", "W4A8"]
+
+
+def test_a_unit_is_calibrated_on_what_enters_and_leaves_its_body() -> None:
+    model, x = wrap_units(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), [""]), torch.randn(64, 4)
+    twin, _ = swap(model, [Rule("", input=recipes()[1], output=Recipe(QuantSpec.unsigned(8)))])
+    calibrate(twin, [x])
+    with torch.no_grad():
+        expected = model(x)
+    assert_bit_equal(twin.input_quantizer.grid.scale, ((x.max() - x.min()) / 255).reshape(1))
+    assert_bit_equal(twin.output_quantizer.grid.scale, (expected.max() / 255).reshape(1))
+
+
+def test_a_layer_in_a_unit_that_never_runs_is_named_with_its_path() -> None:
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.idle = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    twin, _ = swap(wrap_units(nn.Sequential(Skipping()), ["0"]), [Rule(".*", *recipes())])
+    with pytest.raises(StateError, match=r"1 layers saw no data \(0\.body\.idle\)"):
+        calibrate(twin, [torch.ones(1, 2)])

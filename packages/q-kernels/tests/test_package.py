@@ -55,7 +55,8 @@ def test_kernels_built_for_narrower_machines_are_as_right(machine: str) -> None:
         pytest.skip("these are the tests that this test runs")
     if machine == "AVX2" and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip(f"AVX2 does not exist on {platform.machine()}")
-    path = pathlib.Path(__file__).with_name("test_cpu_adder.py")
+    names = ("test_cpu_adder.py", "test_cpu_border.py", "test_cpu_fake.py")
+    paths = [str(pathlib.Path(__file__).with_name(name)) for name in names]
     some = "exact or agree or corners or none or infinite or threads or empty"
-    result = python("-m", "pytest", str(path), "-q", "-p", "no:cacheprovider", "-k", some, **MACHINES[machine])
+    result = python("-m", "pytest", *paths, "-q", "-p", "no:cacheprovider", "-k", some, **MACHINES[machine])
     assert result.returncode == 0, result.stdout

@@ -8,21 +8,18 @@ from q_adder.layers import AdderConv2d, AdderLinear, AdderMatmul, anneal_exponen
 from q_adder.optim import AdderLearningRate, adder_weights
 from q_adder.quantized import QuantAdderConv2d, QuantAdderLinear, QuantAdderMatmul, TiedGrid, TiedSpec
 from q_adder.ranges import ExactRange, InputRange, StreamingRange
-from q_adder.redistribution import (
+from q_adder.redistribution import Redistributed, correct_means, redistribute, reestimate_batchnorm
+from q_adder.refinement import Tuning, search_ranges, trainable, tune_ranges
+from q_adder.schemes import (
     Interval,
     OneScale,
     OneSided,
     Published,
-    Redistributed,
     Scheme,
     Symmetric,
     clamp_weights,
     cluster_kernels,
-    correct_means,
-    redistribute,
-    reestimate_batchnorm,
 )
-from q_adder.refinement import Tuning, search_ranges, trainable, tune_ranges
 
 try:
     __version__ = _metadata.version("q-adder")

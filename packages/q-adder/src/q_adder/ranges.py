@@ -17,6 +17,9 @@ from torch import Tensor
 from q_core.errors import DataError, RangeError, SpecError, StateError
 from q_core.histogram import StreamingHistogram
 
+LEAST_RANGE = 1e-3
+"""Range of a layer whose inputs are all but zero, as released."""
+
 
 def quantile_index(count: int, alpha: float) -> int:
     r"""Return the place of the paper's order statistic among ascending magnitudes, $\lfloor \alpha(n-1) \rceil$.
@@ -98,6 +101,17 @@ def released_statistic(magnitudes: Float[Tensor, " n"], alpha: float) -> Float[T
 def _sorted_at(magnitudes: Tensor, index: int) -> Tensor:
     # Not kthvalue: its time is quadratic where half of the values are the same zero, as after a rectifier.
     return magnitudes.topk(magnitudes.numel() - index, sorted=False).values.min()
+
+
+def is_least(low: Float[Tensor, " groups"], high: Float[Tensor, " groups"]) -> bool:
+    """Return whether a range is that of a layer whose inputs are all but zero, or near it.
+
+    Args:
+        low: Lower end of the range of each group of kernels.
+        high: Upper end.
+    """
+    # Twice, because symmetric levels reach further below zero, and because ranges may have been tuned since.
+    return bool((torch.maximum(-low, high) < 2 * LEAST_RANGE).any())
 
 
 class InputRange(abc.ABC):

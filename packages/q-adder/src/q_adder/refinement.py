@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from q_adder.channels import channel_rows, hooked, shifted
 from q_adder.quantized import QuantAdderConv2d, QuantAdderLayer, QuantAdderLinear, TiedGrid, naming
+from q_adder.ranges import is_least
 from q_core.calibrate import evaluation, feed
 from q_core.errors import DataError, MatchError, RangeError, StateError
 
@@ -305,8 +306,16 @@ def trainable(quantized: nn.Module) -> nn.Module:
 
     Raises:
         MatchError: There is no quantized adder layer.
+        StateError: The inputs of a layer were all but zero when its range was chosen. A ratio leads away from such a
+            range only in thousands of steps, and a clamp so narrow lets no gradient through to the layers before it.
     """
-    _layers(quantized)
+    for path, layer in _layers(quantized).items():
+        if is_least(*layer.tied.range()):
+            raise StateError(
+                f"the inputs of {path!r} were all but zero when its range was chosen, and its scale would not learn "
+                "another one: choose ranges on data that reach the layer, train the float network until they do, or "
+                f"set get_submodule({path!r}).tied.scale to what you expect"
+            )
     model = copy.deepcopy(quantized)
     for path, layer in _layers(model).items():
         tied = layer.tied

@@ -18,7 +18,7 @@ from q_core.errors import (
 )
 from q_core.functional import dequantize, floor_ste, quantize, round_ste, scale_gradient, straight_through
 from q_core.grid import CodebookGrid, Grid, UniformGrid
-from q_core.layers import QuantAdd, QuantConcat, QuantConv2d, QuantLinear
+from q_core.layers import QuantAdd, QuantConcat, QuantConv2d, QuantLinear, QuantUnit
 from q_core.methods import Quantized, nearest
 from q_core.observer import (
     EntropyObserver,
@@ -72,6 +72,7 @@ __all__ = [
     "QuantConv2d",
     "QuantLinear",
     "QuantSpec",
+    "QuantUnit",
     "QuantizationError",
     "Quantized",
     "Quantizer",

@@ -26,6 +26,7 @@ from q_core.grid import Grid
 from q_core.observer import Observer
 from q_core.packed import packed_form, stored
 from q_core.quantizer import Quantizer
+from q_core.swap import plain_path
 
 Feed = Callable[[nn.Module, Any], Any]
 
@@ -99,7 +100,7 @@ def compare(
     """Measure the local and the accumulated error of every layer with slots, or with a packed form of its own.
 
     Runs each model once in evaluation mode, with hooks that are removed and modes that are restored. Memory is that of
-    the outputs of these layers for one batch.
+    the outputs of these layers for one batch. A `QuantUnit` is measured as a whole, beside the layers in it.
 
     Batch norms are folded into the layers of a quantized model, which changes what those layers put out. So the float
     model to compare with is the folded one, `fold_batchnorm(model, example)`; another one is refused.
@@ -120,8 +121,9 @@ def compare(
     """
     _require_calibrated(quantized_model)
     _require_same_norms(float_model, quantized_model)
+    exact = _by_plain_path(float_model)
     probes = [
-        _Probe(path, _counterpart(float_model, path), module)
+        _Probe(path, _counterpart(exact, plain_path(quantized_model, path), float_model), module)
         for path, module in quantized_model.named_modules()
         if _is_quantized(module)
     ]
@@ -308,10 +310,7 @@ def _require_calibrated(model: nn.Module) -> None:
 
 
 def _require_same_norms(float_model: nn.Module, quantized_model: nn.Module) -> None:
-    left, right = (
-        {path for path, module in model.named_modules() if isinstance(module, NORMS)}
-        for model in (float_model, quantized_model)
-    )
+    left, right = norm_paths(float_model), norm_paths(quantized_model)
     if left != right:
         differing = sorted(left ^ right)
         raise StateError(
@@ -320,11 +319,23 @@ def _require_same_norms(float_model: nn.Module, quantized_model: nn.Module) -> N
         )
 
 
-def _counterpart(float_model: nn.Module, path: str) -> nn.Module:
-    try:
-        return float_model.get_submodule(path)
-    except AttributeError as error:
+def norm_paths(model: nn.Module) -> set[str]:
+    """Return the paths of the batch norms of a model, without the steps into units."""
+    return {plain_path(model, path) for path, module in model.named_modules() if isinstance(module, NORMS)}
+
+
+def _by_plain_path(model: nn.Module) -> dict[str, nn.Module]:
+    """List modules by their paths without the steps into units; with empty slots a unit is as good as its body."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        found.setdefault(plain_path(model, path), module)
+    return found
+
+
+def _counterpart(exact: dict[str, nn.Module], path: str, float_model: nn.Module) -> nn.Module:
+    if path not in exact:
         raise MatchError(
             f"layer {path!r} of the quantized model is not in the {type(float_model).__name__}: compare with the float "
             "model that it was made from"
-        ) from error
+        )
+    return exact[path]

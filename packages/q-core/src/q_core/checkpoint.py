@@ -1,8 +1,9 @@
 """Packed models on disk: safetensors and JSON, checked and written atomically.
 
 A file holds every tensor of a packed model once, and in its metadata a description of the packed layers and quantizers,
-the ties between tensors, and a SHA-256 of the contents. No code is stored and none is run on loading. The architecture
-is not stored either: it comes from the skeleton that the reader is given.
+the ties between tensors, and a SHA-256 of the contents. No code is stored and none is run on loading: a rounding or a
+layer of another package is named, and found among the types that the reader has imported. The architecture is not
+stored either: it comes from the skeleton that the reader is given.
 """
 
 import functools
@@ -11,8 +12,9 @@ import json
 import math
 import os
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,28 +25,38 @@ from q_core import layers
 from q_core.errors import FormatError, QuantizationError, StateError
 from q_core.functional import check_tiling
 from q_core.grid import CodebookGrid, Grid, UniformGrid
-from q_core.layers import QuantConv2d, QuantLinear
+from q_core.layers import QuantConv2d, QuantLinear, QuantUnit
 from q_core.observer import Observer
 from q_core.packed import PackedTensor, pack_layer, packed_form
 from q_core.packing import packed_words
 from q_core.quantizer import Quantizer
-from q_core.rounding import NearestEven, NearestTowardZero, Rounding, Stochastic
-from q_core.swap import DEFAULT_LAYERS, replace_modules, replace_submodule, share
+from q_core.rounding import Rounding
+from q_core.swap import DEFAULT_LAYERS, replace_modules, replace_submodule, share, unwrap_units, wrap_units
 
 FORMAT, VERSION = "q-pack", 1
 _NO_FORM = packed_form.dispatch(object)
-_ROUNDINGS: tuple[type[Rounding], ...] = (NearestEven, NearestTowardZero, Stochastic)
+_T = TypeVar("_T")
+_MISFIT = (QuantizationError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What it raises to build something from a description that does not fit."""
+_UNKNOWN = "which nothing that is imported defines: import the package it belongs to before load_packed()"
 
 
 @functools.singledispatch
 def describe(module: nn.Module) -> dict[str, Any] | None:
-    """Return what the tensors do not tell of a packed module of another package, as plain values, or None."""
+    """Return what the tensors do not tell of a packed module of another package, as plain values, or None.
+
+    Every `PackedTensor` and every quantizer in it is described by this package.
+    """
     return None
 
 
 @functools.singledispatch
 def rebuild(layer: nn.Module, entry: dict[str, Any]) -> nn.Module:
     """Return the packed form of a layer of the skeleton, without its tensors, from what `describe` said of it.
+
+    It is found by the type of the layer in the float model. Where that is one that several packages replace, such as
+    `nn.Conv2d`, register it for the type of the packed module instead, and files will name that type. Where a
+    `PackedTensor` or a quantizer belongs, any module may stand: this package puts them in their places.
 
     Raises:
         FormatError: The type of the layer has no such form, or the entry does not fit it.
@@ -79,12 +91,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
                 "grid": _describe_grid(module.grid),
             }
         elif isinstance(module, Quantizer):
-            quantizers[name] = {
-                "grid": _describe_grid(module.grid),
-                "rounding": _describe_rounding(name, module.rounding),
-            }
-    named = model.named_modules(remove_duplicate=False)
-    own = {name: entry for name, module in named if (entry := describe(module)) is not None}
+            quantizers[name] = {"grid": _describe_grid(module.grid), **_describe_rounding(name, module.rounding)}
+    own = dict(_describe_own(model))
     if not packed and not quantizers and not own:
         raise StateError("nothing in the model is packed: call pack() before save_packed()")
     tensors, aliases = _unique(model.state_dict(keep_vars=True))
@@ -97,8 +105,8 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
         "aliases": aliases,
         "structure": _structure(model),
     }
-    if own:
-        description["own"] = own
+    # Only where there are any, so that a file without them is what it always was.
+    description |= {key: value for key, value in (("own", own), ("wrapped", _wrapped(model))) if value}
     header = {"version": VERSION, "sha256": _digest(tensors, description), "description": description}
     # One entry: safetensors writes several in random order, and the same model must give the same bytes.
     metadata = {FORMAT: json.dumps(header, sort_keys=True)}
@@ -128,7 +136,7 @@ def load_packed(path: str | os.PathLike[str], skeleton: nn.Module) -> nn.Module:
         model = _rebuild(share(skeleton), description)
         _assign(model, tensors, description["aliases"])
         _check_structure(description["structure"], _structure(model))
-    except (QuantizationError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except _MISFIT as error:
         raise FormatError(
             f"{path} does not fit a {type(skeleton).__name__}: {error}; pass a model of the architecture that was "
             "packed"
@@ -149,6 +157,7 @@ def _rebuild(model: nn.Module, description: dict[str, Any]) -> nn.Module:
         for slot, child, _ in layers.slots(module):
             if isinstance(child, (Observer, Quantizer)):
                 setattr(module, slot, nn.Identity())
+    model = wrap_units(unwrap_units(model), description.get("wrapped", ()))
     for name in description["identities"]:
         folded = model.get_submodule(name)
         if not isinstance(folded, (nn.Identity, nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -156,27 +165,38 @@ def _rebuild(model: nn.Module, description: dict[str, Any]) -> nn.Module:
         replace_submodule(model, name, nn.Identity())
     new: dict[int, nn.Module] = {}
     loaded: dict[str, PackedTensor] = {}
+    own = description.get("own", {})
+    for name, entry in own.items():
+        layer = model.get_submodule(name)
+        if id(layer) not in new:
+            new[id(layer)] = _rebuild_own(name, layer, entry)
     for name, entry in description["packed"].items():
-        owner = name.rpartition(".")[0]
+        owner, _, attribute = name.rpartition(".")
         layer = model.get_submodule(owner)
         _check_shape(owner, layer, entry)
         words = f"{name}.words"
         weight = loaded.setdefault(description["aliases"].get(words, words), _read_packed(entry))
-        new.setdefault(id(layer), pack_layer(layer, weight, nn.Identity()))
-    for name, entry in description.get("own", {}).items():
-        layer = model.get_submodule(name)
-        if id(layer) not in new:
-            new[id(layer)] = rebuild(layer, entry)
+        if owner in own:
+            setattr(new[id(layer)], attribute, weight)
+        else:
+            new.setdefault(id(layer), pack_layer(layer, weight, nn.Identity()))
     for name in description["swapped"]:
         layer = model.get_submodule(name)
         new.setdefault(id(layer), DEFAULT_LAYERS[type(layer)](layer))
     model = replace_modules(model, new)
     for name, entry in description["quantizers"].items():
-        rounding = next((kind for kind in _ROUNDINGS if kind.__name__ == entry["rounding"]), None)
-        if rounding is None:
-            raise FormatError(f"{name} rounds with an unknown {entry['rounding']!r}")
-        replace_submodule(model, name, Quantizer(_read_grid(entry["grid"]), rounding()))
+        replace_submodule(model, name, Quantizer(_read_grid(entry["grid"]), _read_rounding(name, entry)))
     return model
+
+
+def _rebuild_own(name: str, layer: nn.Module, entry: dict[str, Any]) -> nn.Module:
+    if "form" not in entry:
+        return rebuild(layer, entry)
+    kind = _find(entry["form"], rebuild.registry)
+    if kind is None:
+        raise FormatError(f"{name} was packed as a {entry['form']!r}, {_UNKNOWN}")
+    packed: nn.Module = rebuild.dispatch(kind)(layer, entry)
+    return packed
 
 
 def _structure(model: nn.Module) -> dict[str, Any]:
@@ -218,7 +238,8 @@ def _check_shape(name: str, layer: nn.Module, entry: dict[str, Any]) -> None:
         wanted = (layer.out_features, layer.in_features)
     if shape != wanted:
         raise FormatError(f"{name or 'the layer'} has a weight of shape {wanted}, the file one of shape {shape}")
-    check_tiling(tuple(entry["grid"]["tiles"]), shape)
+    if any(size != 1 for size in entry["grid"]["tiles"]):  # a scale of one element tiles every tensor
+        check_tiling(tuple(entry["grid"]["tiles"]), shape)
 
 
 def _assign(model: nn.Module, tensors: dict[str, Tensor], aliases: dict[str, str]) -> None:
@@ -322,13 +343,63 @@ def _describe_grid(grid: Grid) -> dict[str, Any]:
     raise StateError(f"grid of type {type(grid).__name__} is not frozen: call pack() before save_packed()")
 
 
-def _describe_rounding(name: str, rounding: Rounding) -> str:
-    if type(rounding) not in _ROUNDINGS:
-        known = ", ".join(kind.__name__ for kind in _ROUNDINGS)
+def _describe_own(model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, module in model.named_modules(remove_duplicate=False):
+        if (entry := describe(module)) is not None:
+            yield name, entry | ({"form": _type_name(type(module))} if type(module) in rebuild.registry else {})
+
+
+def _wrapped(model: nn.Module) -> list[str]:
+    """List the units, outer ones first."""
+    units = {path: module for path, module in model.named_modules() if isinstance(module, QuantUnit)}
+    bodies = {id(unit.body): path for path, unit in units.items()}
+    for path, parent in model.named_modules():
+        for child in parent._modules.values():
+            if id(child) in bodies and path != bodies[id(child)]:
+                raise StateError(
+                    f"the body of the unit {bodies[id(child)]!r} is also in {path or 'the model'!r}, outside of that "
+                    "unit, which the format cannot hold: register the unit in either place"
+                )
+    return list(units)
+
+
+def _describe_rounding(name: str, rounding: Rounding) -> dict[str, Any]:
+    kind = type(rounding)
+    try:
+        facts = json.loads(json.dumps(rounding.facts(), allow_nan=False))
+        entry = {"rounding": _type_name(kind)} | ({"facts": facts} if facts else {})
+        # Whoever cannot build it again must hear it now, not the reader of the file.
+        twin = _read_rounding(name, entry)
+        if type(twin) is not kind or _layout(twin) != _layout(rounding):
+            raise StateError(f"from_facts() made a {type(twin).__name__} with tensors of shapes {_layout(twin)}")
+    except _MISFIT as error:
         raise StateError(
-            f"{name} rounds with a {type(rounding).__name__}, which the format cannot hold: known are {known}"
-        )
-    return type(rounding).__name__
+            f"{name} rounds with a {kind.__name__}, which the format cannot hold: {error}; finish what it is there "
+            "for, or quantize with another rounding, before save_packed()"
+        ) from error
+    return entry
+
+
+def _layout(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _type_name(kind: type) -> str:
+    """Name a type as a reader finds it among those that are imported; a rounding of this package by one word."""
+    return kind.__name__ if kind.__module__ == Rounding.__module__ else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _find(name: str, kinds: Iterable[type[_T]]) -> type[_T] | None:
+    # The last of that name: what a notebook or a reloaded module defined before may still be alive.
+    return next((kind for kind in reversed(list(kinds)) if _type_name(kind) == name), None)
+
+
+def _roundings() -> list[type[Rounding]]:
+    """List the types of roundings that are imported."""
+    kinds = Rounding.__subclasses__()
+    for kind in kinds:  # grows while it is walked
+        kinds += kind.__subclasses__()
+    return kinds
 
 
 # What is read is described first and filled in later, so the placeholders take no memory: the file, not its
@@ -341,6 +412,14 @@ def _read_grid(entry: dict[str, Any]) -> UniformGrid | CodebookGrid:
     if entry["kind"] == "uniform":
         return UniformGrid(scale, scale if entry["zero_point"] else None, qmin=qmin, qmax=qmax)
     return CodebookGrid(scale.unsqueeze(-1).expand(*tiles, qmax - qmin + 1), qmin=qmin)
+
+
+def _read_rounding(name: str, entry: dict[str, Any]) -> Rounding:
+    kind = _find(entry["rounding"], _roundings())
+    if kind is None:
+        raise FormatError(f"{name} rounds with {entry['rounding']!r}, {_UNKNOWN}")
+    with torch.device("meta"):
+        return kind.from_facts(entry.get("facts", {})).frozen()
 
 
 def _read_packed(entry: dict[str, Any]) -> PackedTensor:

@@ -221,6 +221,25 @@ def from_tiles(
     return rows.reshape([split[axis] for axis in order]).permute(inverse).reshape(shape)
 
 
+def sum_tiles(x: Float[Tensor, "*shape"], tile_shape: tuple[int, ...]) -> Float[Tensor, "..."]:
+    """Add the elements that share one scale.
+
+    Args:
+        x: A tensor that a scale of shape `tile_shape` tiles.
+        tile_shape: Shape of the scale.
+
+    Returns:
+        One sum per tile, of shape `tile_shape`.
+
+    Raises:
+        ShapeError: `tile_shape` does not tile `x`.
+    """
+    split, order = _tiling(tuple(x.shape), tile_shape)
+    if all(size == 1 for size in tile_shape):
+        return x.sum().reshape(tile_shape)
+    return x.reshape(split).sum(order[len(tile_shape) :])
+
+
 def _tiling(shape: tuple[int, ...], tile_shape: tuple[int, ...]) -> tuple[list[int], list[int]]:
     """Split every axis in (tiles, elements per tile), and list the tile axes before the element axes."""
     if all(size == 1 for size in tile_shape):

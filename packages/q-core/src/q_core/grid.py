@@ -11,13 +11,14 @@ import math
 from typing import final
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from q_core import functional
 from q_core.errors import RangeError, ShapeError, SpecError
 from q_core.module import PreciseModule
-from q_core.rounding import Rounding
+from q_core.ops import fake_quantize
+from q_core.rounding import NearestEven, Rounding
 from q_core.spec import QuantSpec
 
 
@@ -175,6 +176,21 @@ class UniformGrid(Grid):
     def dequantize(self, codes: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Map codes to reals: `scale * (codes - zero_point)`."""
         return functional.dequantize(codes, self._scale(), self.zero_point)
+
+    def fake_quantize(
+        self, x: Float[Tensor, "*shape"], rounding: Rounding, where: Bool[Tensor, "*shape"] | None = None
+    ) -> Float[Tensor, "*shape"]:
+        """Map reals to levels; to the nearest in one step, which keeps `x` alone for the backward pass.
+
+        Args:
+            x: Reals to quantize.
+            rounding: Chooses between the two neighbouring levels.
+            where: Which elements to quantize; the others pass through, with a gradient of 1. None means all.
+        """
+        if type(rounding) is NearestEven:
+            return fake_quantize(x, self._scale(), self.zero_point, qmin=self.qmin, qmax=self.qmax, where=where)
+        levels = super().fake_quantize(x, rounding)
+        return levels if where is None else torch.where(where, levels, x)
 
     def _scale(self) -> Tensor:
         return functional.scale_gradient(self.scale, self.gradient_scale)

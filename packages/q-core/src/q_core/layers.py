@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from q_core.errors import ShapeError
+from q_core.errors import ShapeError, SpecError
 
 SLOT_SUFFIX = "_quantizer"
 
@@ -153,6 +153,50 @@ class QuantConcat(nn.Module):
             raise ShapeError("concatenation of 0 tensors: give at least one")
         out: Tensor = self.input_quantizer(torch.cat(parts, self.dim))
         return out
+
+
+@final
+class QuantUnit(nn.Module):
+    """Any part of a network, such as a residual block, with a slot for its input and one for its output.
+
+    With both slots empty it computes what the part computes. The slot of the input sees what every branch of a block
+    reads, the skip path too; that of the output sees the result of the block, after its addition and its activation
+    function. `q_core.swap.wrap_units` puts parts of a model into units.
+
+    Args:
+        body: The part. It returns one tensor.
+    """
+
+    body: nn.Module
+    input_quantizer: nn.Module
+    output_quantizer: nn.Module
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+        self.input_quantizer = nn.Identity()
+        self.output_quantizer = nn.Identity()
+        self.training = body.training
+
+    def forward(self, x: Float[Tensor, "..."], /, *args: Any, **kwargs: Any) -> Float[Tensor, "..."]:
+        """Run the part on the quantized input, and quantize what it returns.
+
+        Args:
+            x: The first input.
+            *args: Further inputs, as they are.
+            **kwargs: Further inputs, as they are.
+
+        Raises:
+            SpecError: The part returned something else than one tensor.
+        """
+        out = self.body(self.input_quantizer(x), *args, **kwargs)
+        if not isinstance(out, Tensor):
+            raise SpecError(
+                f"a {type(self.body).__name__} in a unit returned a {type(out).__name__}: a unit quantizes one tensor; "
+                "take a part of the network that returns one"
+            )
+        quantized: Tensor = self.output_quantizer(out)
+        return quantized
 
 
 _Layer = TypeVar("_Layer", bound=nn.Module)

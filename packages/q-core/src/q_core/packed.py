@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from q_core import layers
-from q_core.errors import StateError
+from q_core.errors import QuantizationError, StateError
 from q_core.grid import CodebookGrid, Grid, UniformGrid
 from q_core.layers import QuantConv2d, QuantLinear
 from q_core.module import PreciseModule
@@ -162,7 +162,7 @@ def pack(model: nn.Module) -> nn.Module:
     tensors: dict[tuple[int, int], PackedTensor] = {}
     frozen: dict[int, Quantizer] = {}
     replaced: dict[int, nn.Module] = {}
-    for module in list(twin.modules()):
+    for path, module in list(twin.named_modules()):
         for name, child, parameter in layers.slots(module):
             if parameter is None and isinstance(child, Quantizer):
                 setattr(module, name, frozen.setdefault(id(child), child.frozen().train(child.training)))
@@ -171,9 +171,17 @@ def pack(model: nn.Module) -> nn.Module:
             if key not in tensors:
                 tensors[key] = PackedTensor.from_quantizer(module.weight, module.weight_quantizer)
             replaced[id(module)] = pack_layer(module, tensors[key], module.input_quantizer)
-        elif (form := packed_form(module)) is not None:
+        elif (form := _own_form(path, module)) is not None:
             replaced[id(module)] = form
     return replace_modules(twin, replaced)
+
+
+def _own_form(path: str, module: nn.Module) -> nn.Module | None:
+    try:
+        return packed_form(module)
+    except QuantizationError as error:
+        error.add_note(f"while packing {path or 'the model itself'}")
+        raise
 
 
 def pack_layer(layer: nn.Module, weight: PackedTensor, input_quantizer: nn.Module) -> PackedLayer:

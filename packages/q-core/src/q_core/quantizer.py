@@ -44,4 +44,4 @@ class Quantizer(PreciseModule):
 
     def frozen(self) -> "Quantizer":
         """Return a quantizer of plain tensors with the same codes, for deployment."""
-        return Quantizer(self.grid.frozen(), self.rounding)
+        return Quantizer(self.grid.frozen(), self.rounding.frozen())

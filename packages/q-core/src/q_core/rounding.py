@@ -6,12 +6,15 @@ is the convention of ONNX and of LSQ, `NearestTowardZero` that of nuLSQ.
 """
 
 import abc
-from typing import final
+import copy
+from collections.abc import Mapping
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from q_core.errors import StateError
 from q_core.functional import straight_through
 from q_core.module import PreciseModule
 
@@ -20,6 +23,9 @@ class Rounding(PreciseModule, abc.ABC):
     """Chooses, for a point between two neighbouring codes, one of the two.
 
     A soft rounding, while it learns, may return a point between them.
+
+    A rounding with a constructor of its own that is to be saved with a packed model overrides `facts` and, where they
+    are not the arguments of the constructor, `from_facts`.
     """
 
     @abc.abstractmethod
@@ -32,6 +38,33 @@ class Rounding(PreciseModule, abc.ABC):
         Returns:
             Integers in a floating-point dtype.
         """
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `from_facts` must know beside the values of the tensors: plain values that JSON can hold.
+
+        Raises:
+            StateError: The rounding has a constructor of its own, and nobody said what to tell of it.
+        """
+        if type(self).__init__ is not Rounding.__init__:
+            raise StateError(f"a {type(self).__name__} tells no facts: override facts() and from_facts()")
+        return {}
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> "Rounding":
+        """Return a rounding with tensors of the right shapes; their values are filled in afterwards.
+
+        It is called with the meta device as default, so that what a file describes takes no memory.
+
+        Args:
+            facts: What `facts` returned, once through JSON: a tuple has become a list.
+        """
+        return cls(**facts)
+
+    def frozen(self) -> "Rounding":
+        """Return a rounding of the same codes that does not learn, for deployment; the original is left alone."""
+        if next(self.parameters(), None) is None:
+            return self
+        return copy.deepcopy(self).requires_grad_(False)
 
 
 @final

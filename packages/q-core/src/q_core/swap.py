@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from q_core import layers
 from q_core.errors import MatchError, QuantizationError, SpecError
 from q_core.grid import UniformGrid
-from q_core.layers import QuantAdd, QuantConcat, QuantConv2d, QuantLinear
+from q_core.layers import QuantAdd, QuantConcat, QuantConv2d, QuantLinear, QuantUnit
 from q_core.observer import GridFactory, MinMaxObserver, Observer
 from q_core.rounding import NearestEven, Rounding
 from q_core.spec import QuantSpec
 
+_OUTPUT = f"output{layers.SLOT_SUFFIX}"
 LayerTable = Mapping[type[nn.Module], Callable[[Any], nn.Module]]
 
 DEFAULT_LAYERS: LayerTable = {
@@ -32,6 +33,7 @@ DEFAULT_LAYERS: LayerTable = {
     QuantLinear: lambda layer: layer,
     QuantAdd: lambda layer: layer,
     QuantConcat: lambda layer: layer,
+    QuantUnit: lambda layer: layer,
 }
 """What `swap` knows how to replace: an exact type, and the function that makes the layer with slots."""
 
@@ -68,6 +70,7 @@ class Rule:
         weight: Recipe for the slots that see a parameter; None keeps them float.
         input: Recipe for the slots that see an activation; None keeps them float.
         reason: What the report says of modules that the rule keeps float, having no recipe.
+        output: Recipe for the slot that sees the output of a `QuantUnit`; None keeps it float.
 
     Raises:
         SpecError: The pattern is not a regular expression.
@@ -77,6 +80,7 @@ class Rule:
     weight: Recipe | None = None
     input: Recipe | None = None
     reason: str = "a rule keeps it float"
+    output: Recipe | None = None
 
     def __post_init__(self) -> None:
         """Check the pattern."""
@@ -95,12 +99,14 @@ class SwappedLayer:
         kind: Name of its class.
         weight: The codes of its parameters, None if they stay float.
         input: The codes of its activations, None if they stay float.
+        output: The codes of its output, None if it stays float.
     """
 
     path: str
     kind: str
     weight: QuantSpec | None
     input: QuantSpec | None
+    output: QuantSpec | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +141,9 @@ class SwapReport:
     def __str__(self) -> str:
         """Tabulate one module a line."""
         rows = [
-            f"{layer.path:40} {layer.kind:14} {_bits(layer.weight)}{_bits(layer.input, 'A')}" for layer in self.swapped
+            f"{layer.path:40} {layer.kind:14} {_bits(layer.weight)}{_bits(layer.input, 'A')}"
+            + (_bits(layer.output, "O") if layer.output else "")
+            for layer in self.swapped
         ]
         rows += [f"{layer.path:40} {layer.kind:14} float: {layer.reason}" for layer in self.stays_float]
         return "\n".join(rows)
@@ -173,17 +181,17 @@ def swap(
     observers: dict[tuple[int, int], Observer] = {}
     for path in paths:
         rule = _rule_for(path, rules)
-        if rule is None or (rule.weight is None and rule.input is None):
+        if rule is None or not (rule.weight or rule.input or rule.output):
             continue
         layer = twin.get_submodule(path)
         replaced[id(layer)] = new = table[type(layer)](layer)
         try:
-            weight, activation = _fill(new, rule, observers, _device(twin, path))
+            filled = _fill(new, rule, observers, _device(twin, path))
         except QuantizationError as error:
             error.add_note(f"while swapping {path or 'the model itself'}")
             raise
-        if weight is not None or activation is not None:
-            swapped.append(SwappedLayer(path, type(layer).__name__, weight, activation))
+        if filled:
+            swapped.append(SwappedLayer(path, type(layer).__name__, *map(filled.get, ("weight", "input", "output"))))
     twin = replace_modules(twin, replaced)
     done = {layer.path for layer in swapped}
     return twin, SwapReport(tuple(swapped), tuple(_stays_float(model, done, rules, table)))
@@ -208,6 +216,59 @@ def share(model: nn.Module) -> nn.Module:
         computed = [value for value in vars(module).values() if isinstance(value, Tensor) and not value.is_leaf]
         shared.update({id(value): value.detach() for value in computed})
     return copy.deepcopy(model, memo=shared)
+
+
+def wrap_units(model: nn.Module, paths: Iterable[str]) -> nn.Module:
+    """Put parts of a model into units with empty slots, in place.
+
+    Paths into a unit get a step `body`: what was `layer1.0.conv1` is `layer1.0.body.conv1` in a unit at `layer1.0`. A
+    part that is registered more than once is in one unit everywhere. What is a unit already stays as it is.
+
+    Args:
+        model: The model.
+        paths: Paths of the parts, as they are when those before them are wrapped: outer parts come first. The empty
+            path is the model itself.
+
+    Returns:
+        The model, or the unit around it.
+
+    Raises:
+        MatchError: There is no such path.
+    """
+    for path in paths:
+        try:
+            body = model.get_submodule(path)
+        except AttributeError as error:
+            raise MatchError(f"module {path!r} is not in the model, so it cannot become a unit") from error
+        if not isinstance(body, QuantUnit):
+            model = replace_modules(model, {id(body): QuantUnit(body)})
+    return model
+
+
+def unwrap_units(model: nn.Module) -> nn.Module:
+    """Put the bodies of all units in their places, in place.
+
+    Returns:
+        The model, or its body where it is a unit.
+    """
+    bodies: dict[int, nn.Module] = {}
+    for unit in model.modules():
+        body = unit
+        while isinstance(body, QuantUnit):
+            body = body.body
+        if body is not unit:
+            bodies[id(unit)] = body
+    return replace_modules(model, bodies)
+
+
+def plain_path(model: nn.Module, path: str) -> str:
+    """Return the path that a module has where nothing is wrapped in a unit."""
+    names, module = [], model
+    for name in path.split(".") if path else ():
+        if not (isinstance(module, QuantUnit) and name == "body"):
+            names.append(name)
+        module = module.get_submodule(name)
+    return ".".join(names)
 
 
 def replace_submodule(model: nn.Module, path: str, new: nn.Module) -> None:
@@ -269,8 +330,9 @@ def _device(root: nn.Module, path: str) -> torch.device:
 
 def _fill(
     layer: nn.Module, rule: Rule, observers: dict[tuple[int, int], Observer], device: torch.device
-) -> tuple[QuantSpec | None, QuantSpec | None]:
-    weight_spec = input_spec = None
+) -> dict[str, QuantSpec]:
+    """Put observers in the slots of a layer, and return the codes of what each recipe of the rule was used for."""
+    specs: dict[str, QuantSpec] = {}
     for name, _, parameter in layers.slots(layer):
         if parameter is not None and rule.weight is not None:
             # Layers that share a parameter share its observer: tied weights are quantized once.
@@ -278,11 +340,14 @@ def _fill(
             if key not in observers:
                 observers[key] = rule.weight.build(tuple(parameter.shape)).to(device).train(layer.training)
             setattr(layer, name, observers[key])
-            weight_spec = rule.weight.spec
-        elif parameter is None and rule.input is not None:
-            setattr(layer, name, rule.input.build(_input_shape(layer)).to(device).train(layer.training))
-            input_spec = rule.input.spec
-    return weight_spec, input_spec
+            specs["weight"] = rule.weight.spec
+        elif parameter is None:
+            sees = "output" if name == _OUTPUT else "input"
+            recipe = rule.output if sees == "output" else rule.input
+            if recipe is not None:
+                setattr(layer, name, recipe.build(_input_shape(layer)).to(device).train(layer.training))
+                specs[sees] = recipe.spec
+    return specs
 
 
 def _input_shape(layer: nn.Module) -> tuple[int, ...]:

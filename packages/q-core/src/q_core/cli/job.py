@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from q_core.analysis import NORMS, Distribution, LayerError, compare, distributions
+from q_core.analysis import Distribution, LayerError, compare, distributions, norm_paths
 from q_core.calibrate import evaluation, feed
 from q_core.checkpoint import load_packed, save_packed
 from q_core.cli.report import MEASURED, Chapter, LayerView, TableRow, render_chapters
@@ -317,10 +317,7 @@ def _view(job: Job, configuration: Configuration, quantized: Quantized) -> Layer
 
 def _counterpart(model: nn.Module, quantized: nn.Module, example: Any) -> nn.Module:
     """Return the float model that a quantized one is compared with: some methods fold batch norms, some keep them."""
-    norms = [
-        {path for path, module in each.named_modules() if isinstance(module, NORMS)} for each in (model, quantized)
-    ]
-    return model if norms[0] == norms[1] else fold_batchnorm(model, example)
+    return model if norm_paths(model) == norm_paths(quantized) else fold_batchnorm(model, example)
 
 
 def _file_name(job: Job, configuration: Configuration) -> str:

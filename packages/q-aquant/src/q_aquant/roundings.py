@@ -1,0 +1,196 @@
+r"""Rounding that learns, and rounding that has learned.
+
+A weight may go to either of its two neighbouring levels. `LearnedRounding` holds a number for each weight and lets
+gradient descent choose, softly at first; `FixedRounding` is what it decided. They are two types: a model that was
+reconstructed holds the second, and nothing has to be switched. `Gradual` lets any rounding in by degrees while
+something else learns.
+"""
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from q_core.errors import RangeError, ShapeError
+from q_core.functional import straight_through
+from q_core.rounding import Rounding
+
+GAMMA, ZETA = -0.1, 1.1
+"""Ends of the stretched sigmoid: Louizos et al. 2018, arXiv:1712.01312, as AdaRound, eq. 23, takes them."""
+
+
+@final
+class FixedRounding(Rounding):
+    """For every element of one tensor, whether it goes up or down.
+
+    Args:
+        up: True where the element goes to the upper of its two neighbours. Shape of the tensor it was made for.
+
+    Gradient:
+        1 everywhere (straight-through).
+    """
+
+    def __init__(self, up: Bool[Tensor, "*shape"]) -> None:
+        super().__init__()
+        self.up: Tensor
+        self.register_buffer("up", up.detach().clone())
+
+    def forward(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return `floor(u)` or `floor(u) + 1`, as was decided for each element.
+
+        Raises:
+            ShapeError: `u` has another shape than the tensor this rounding was made for.
+        """
+        _check_shape(u, self.up)
+        return straight_through(torch.floor(u) + self.up, u)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the shape of the tensor it was made for."""
+        return {"shape": list(self.up.shape)}
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> "FixedRounding":
+        """Return one that rounds everything down."""
+        return cls(torch.zeros(facts["shape"], dtype=torch.bool))
+
+
+@final
+class LearnedRounding(Rounding):
+    r"""The soft rounding of AdaRound: $\lfloor u \rfloor + h(V)$ with $h(V) = clip(1.2\,\sigma(V) - 0.1, 0, 1)$.
+
+    At the start $h$ is the fraction of each element, so nothing is rounded at all; `rounding_penalty` then drives every
+    $h$ to 0 or 1, and `hardened` takes the decision.
+
+    Args:
+        fraction: `u - floor(u)` of the tensor it is made for, in [0, 1).
+
+    Raises:
+        RangeError: A fraction outside [0, 1).
+
+    Gradient:
+        To $V$: that of $h$. To `u`: 1 (straight-through), which is of use only if the scale learns as well.
+
+    Source:
+        Nagel et al. 2020 (AdaRound), arXiv:2004.10568, eq. 22 and 23.
+    """
+
+    def __init__(self, fraction: Float[Tensor, "*shape"]) -> None:
+        super().__init__()
+        if not bool(((fraction >= 0) & (fraction < 1)).all()):
+            raise RangeError(f"fraction from {float(fraction.min())} to {float(fraction.max())}: it must be in [0, 1)")
+        inner = (fraction.detach() - GAMMA) / (ZETA - GAMMA)
+        self.logit = nn.Parameter(torch.log(inner / (1 - inner)))
+
+    @classmethod
+    def of(cls, u: Float[Tensor, "*shape"]) -> "LearnedRounding":
+        """Start from the code coordinate of a tensor."""
+        # What lies just below an integer is 1 above the integer before it, once the difference is rounded.
+        return cls((u - torch.floor(u)).clamp(max=1 - torch.finfo(u.dtype).eps / 2))
+
+    def share(self) -> Float[Tensor, "*shape"]:
+        """Return $h(V)$: how far each element goes up, in [0, 1]."""
+        return torch.clamp((ZETA - GAMMA) * torch.sigmoid(self.logit) + GAMMA, 0, 1)
+
+    def forward(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return a point between `floor(u)` and `floor(u) + 1`.
+
+        Raises:
+            ShapeError: `u` has another shape than the tensor this rounding was made for.
+        """
+        _check_shape(u, self.logit)
+        return straight_through(torch.floor(u), u) + self.share()
+
+    def hardened(self) -> FixedRounding:
+        r"""Return the decision: up where $h \geq 1/2$."""
+        return FixedRounding(self.logit.detach() >= 0)
+
+
+def rounding_penalty(share: Float[Tensor, "*shape"], beta: float | Float[Tensor, ""]) -> Float[Tensor, ""]:
+    r"""Return $\sum (1 - |2h - 1|^\beta)$: how many elements are undecided.
+
+    Args:
+        share: $h$, in [0, 1].
+        beta: Exponent, above 0. Large values leave all but the decided alone, small ones push everybody.
+
+    Returns:
+        A sum from 0 (all decided) to the number of elements.
+
+    Source:
+        Nagel et al. 2020, arXiv:2004.10568, eq. 24.
+    """
+    return (1 - (2 * share - 1).abs().pow(beta)).sum()
+
+
+def annealed_beta(progress: float, *, start: float = 20.0, end: float = 2.0, warmup: float = 0.2) -> float:
+    """Return the exponent of the penalty: `start` during the warm-up, then falling linearly to `end`.
+
+    Args:
+        progress: Fraction of the iterations that are over, in [0, 1].
+        start: Exponent at the start.
+        end: Exponent at the end.
+        warmup: Fraction of the iterations without a penalty, in [0, 1).
+
+    Source:
+        Li et al. 2021 (BRECQ) and Wei et al. 2022 (QDrop), as released.
+    """
+    over = max(0.0, (progress - warmup) / (1 - warmup))
+    return start + (end - start) * min(1.0, over)
+
+
+@final
+class Gradual(Rounding):
+    r"""A rounding that enters by degrees: $u + \alpha\,(r(u) - u)$.
+
+    At 0 nothing is rounded, at 1 it is the rounding itself. It is a wrapper for the time of learning.
+
+    Args:
+        rounding: The rounding.
+        influence: $\alpha$, in [0, 1]; set it with `set_influence`.
+
+    Source:
+        Li et al. 2022 (AQuant), arXiv:2208.11945, appendix B, eq. 2.
+    """
+
+    def __init__(self, rounding: Rounding, influence: float = 0.0) -> None:
+        super().__init__()
+        self.rounding = rounding
+        self.influence: Tensor
+        self.register_buffer("influence", torch.zeros(1), persistent=False)
+        self.set_influence(influence)
+
+    def set_influence(self, influence: float) -> None:
+        """Set how far the rounding counts.
+
+        Raises:
+            RangeError: A value outside [0, 1].
+        """
+        if not 0 <= influence <= 1:
+            raise RangeError(f"influence={influence}: it must be in [0, 1]")
+        self.influence.fill_(influence)
+
+    def forward(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return a point on the way from `u` to where the rounding sends it."""
+        return torch.lerp(u, self.rounding(u), self.influence.to(u.dtype))
+
+
+def gradual_influence(progress: float, *, warmup: float = 0.2) -> float:
+    """Return the influence of AQuant's rounding schedule: 0 during the warm-up, then rising linearly to 1.
+
+    Args:
+        progress: Fraction of the iterations that are over, in [0, 1].
+        warmup: Fraction without rounding, in [0, 1).
+
+    Source:
+        Li et al. 2022 (AQuant), arXiv:2208.11945, appendix B.
+    """
+    return min(1.0, max(0.0, (progress - warmup) / (1 - warmup)))
+
+
+def _check_shape(u: Tensor, made_for: Tensor) -> None:
+    if u.shape != made_for.shape:
+        raise ShapeError(
+            f"a rounding made for a tensor of shape {tuple(made_for.shape)} got one of shape {tuple(u.shape)}: every "
+            "tensor needs a rounding of its own"
+        )
