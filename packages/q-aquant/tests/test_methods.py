@@ -10,7 +10,6 @@ from torch import nn
 from q_aquant import (
     ChannelBorder,
     ElementBorder,
-    FixedRounding,
     InputPlacement,
     LearnedBorder,
     OutputPlacement,
@@ -25,6 +24,7 @@ from q_aquant import (
 )
 from q_aquant.learners import ActivationScales, Borders, WeightRounding
 from q_aquant.plan import Plan
+from q_aquant.reconstruct import finished, with_borders
 from q_aquant.setup import Setup
 from q_core import QuantConv2d, Quantizer, QuantLinear, QuantUnit, load_packed, pack, save_packed
 from q_core.errors import DataError, SpecError, StateError
@@ -93,11 +93,12 @@ def test_aquant_has_its_published_constants(monkeypatch) -> None:
     assert plan.form == ElementBorder(degree=2)
 
 
-def test_with_fewer_steps_learning_rates_grow_by_the_root(monkeypatch) -> None:
-    (plan,) = plans(qdrop, monkeypatch, iterations=200)
-    assert plan.pace == 10
-    weights, scales = plans(brecq, monkeypatch, iterations=800, activation_iterations=200)
-    assert (weights.pace, scales.pace) == (5, 5)
+def test_with_fewer_steps_learning_rates_grow(monkeypatch) -> None:
+    (plan,) = plans(qdrop, monkeypatch, iterations=625)
+    assert plan.pace == pytest.approx(16)
+    weights, scales = plans(brecq, monkeypatch, iterations=625, activation_iterations=5000 // 32)
+    assert weights.pace == pytest.approx(16)
+    assert scales.pace == pytest.approx((5000 / 156) ** 0.8)
     monkeypatch.undo()
     (plan,) = plans(adaround, monkeypatch)
     assert plan.pace == 1
@@ -168,15 +169,18 @@ def test_quantization_at_inputs_gives_every_layer_a_quantizer_of_its_own() -> No
 
 
 def test_layers_of_eight_bits_keep_nearest_rounding_and_others_get_borders() -> None:
-    model = aquant(net(), [images()], weight_bits=2, activation_bits=2, **FEW).model
+    nearest = rounding(net(), [images()], weight_bits=2, activation_bits=2, progress=False).model
+    model = with_borders(nearest, ElementBorder())
     assert type(model.stem) is QuantConv2d
     assert type(model.head) is QuantLinear
     assert type(model.block1.conv1) is PatchConv2d
     assert isinstance(model.block1.conv1.patch_quantizer.rounding, LearnedBorder)
-    # A kernel of one position needs no patches.
+    # A kernel of one position needs no patches once it has learned.
+    assert type(model.block2.shortcut) is PatchConv2d
+    model = finished(model)
+    assert type(model.block1.conv1) is PatchConv2d
     assert type(model.block2.shortcut) is QuantConv2d
     assert isinstance(model.block2.shortcut.input_quantizer.rounding, LearnedBorder)
-    assert isinstance(model.block1.conv1.weight_quantizer.rounding, FixedRounding)
 
 
 def test_float_weights_and_float_activations_are_left_out() -> None:
@@ -248,3 +252,18 @@ def test_a_layer_that_runs_twice_is_refused() -> None:
 
     with pytest.raises(StateError, match="conv"):
         qdrop(Twice().eval(), [images()], progress=False, iterations=2)
+
+
+@pytest.mark.parametrize("form", [ChannelBorder(), ElementBorder()])
+def test_an_ordinary_layer_computes_what_the_layer_on_patches_does(form) -> None:
+    model = rounding(net(), [images()], weight_bits=2, activation_bits=2, progress=False).model
+    patched = with_borders(model, form)
+    for module in patched.modules():
+        if isinstance(module, LearnedBorder):
+            nn.init.normal_(module.coefficients, std=0.3)
+    data = images(4)
+    expected = patched(data)
+    kinds = [type(module) for module in patched.modules()].count(PatchConv2d)
+    settled = finished(patched)
+    assert [type(module) for module in settled.modules()].count(PatchConv2d) < kinds
+    torch.testing.assert_close(settled(data), expected, rtol=1e-5, atol=1e-5)  # the order of float32 sums

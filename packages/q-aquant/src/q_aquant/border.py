@@ -136,12 +136,8 @@ class LearnedBorder(Rounding):
         Raises:
             ShapeError: The coefficients do not broadcast to `u`.
         """
-        self._check(u)
-        v = (u.detach() - self.low) / (self.high - self.low)
-        value = self.coefficients[-1].expand_as(v)
-        for coefficient in self.coefficients[:-1].flip(0):
-            value = torch.addcmul(coefficient, value, v)
-        return self.bound(value)
+        check_index(tuple(self.coefficients.shape[1:]), u)
+        return polynomial_border(u, self.coefficients, low=self.low, high=self.high, bound=self.bound)
 
     def forward(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Round up where the fraction is above the border, down otherwise.
@@ -174,19 +170,6 @@ class LearnedBorder(Rounding):
         if bound is None:
             raise FormatError(f"a border with the bound {facts['bound']!r}: known are {', '.join(map(_name, BOUNDS))}")
         return cls(torch.zeros(facts["shape"]), low=facts["low"], high=facts["high"], bound=bound)
-
-    def _check(self, u: Tensor) -> None:
-        index = self.coefficients.shape[1:]
-        fits = len(index) <= u.ndim and all(
-            # Not `in`: a compiler that treats a size as a variable would find it in no tuple.
-            size == 1 or size == there
-            for size, there in zip(reversed(index), reversed(u.shape), strict=False)
-        )
-        if not fits:
-            raise ShapeError(
-                f"border for elements of shape {tuple(index)} got a tensor of shape {tuple(u.shape)}: make one for "
-                "this layer, on patches [n, c, k, l] for a border of every kernel position"
-            )
 
     def extra_repr(self) -> str:
         """Show the degree and what shares a border."""
@@ -246,6 +229,50 @@ class FusedBorder(Rounding):
         return cls(LearnedBorder.from_facts(facts["border"]))
 
 
+def polynomial_border(
+    u: Float[Tensor, "*shape"], coefficients: Float[Tensor, "..."], *, low: float, high: float, bound: Bound
+) -> Float[Tensor, "*shape"]:
+    r"""Return $bound(b_0 + b_1 v + b_2 v^2 + \dots)$ with $v = (u - low) / (high - low)$; no gradient flows to `u`.
+
+    Args:
+        u: Code coordinate.
+        coefficients: [degree + 1, *index]; what follows the first axis broadcasts against `u`.
+        low: Code coordinate of the smallest level.
+        high: Code coordinate of the largest level.
+        bound: Turns the value of the polynomial into a border.
+    """
+    v = (u.detach() - low) / (high - low)
+    value = coefficients[-1].expand_as(v)
+    for coefficient in coefficients[:-1].flip(0):
+        value = torch.addcmul(coefficient, value, v)
+    return bound(value)
+
+
+def check_index(index: tuple[int, ...], u: Tensor) -> None:
+    """Check that parameters of shape `index` broadcast to the elements of `u`, and not the other way round.
+
+    Raises:
+        ShapeError: They do not.
+    """
+    fits = len(index) <= u.ndim and all(
+        # Not `in`: a compiler that treats a size as a variable would find it in no tuple.
+        size == 1 or size == there
+        for size, there in zip(reversed(index), reversed(u.shape), strict=False)
+    )
+    if not fits:
+        raise ShapeError(
+            f"border for elements of shape {tuple(index)} got a tensor of shape {tuple(u.shape)}: make one for "
+            "this layer, on patches [n, c, k, l] for a border of every kernel position"
+        )
+
+
+def round_above(u: Float[Tensor, "*shape"], border: Float[Tensor, "..."]) -> Float[Tensor, "*shape"]:
+    r"""Return $\lceil u - B \rceil$, without a gradient; exact levels keep their codes at every $0 \leq B < 1$."""
+    # The difference of u and a border is rounded, and a border near 1 would send an exact level down.
+    base = torch.floor(u)
+    return base + torch.ceil(u - base - border)
+
+
 def _name(bound: Bound) -> str:
     # A partial or a module has no name of its own.
     name: str = getattr(bound, "__name__", type(bound).__name__)
@@ -253,7 +280,5 @@ def _name(bound: Bound) -> str:
 
 
 def _round(u: Tensor, border: Tensor) -> Tensor:
-    # ceil(u - border), but next to a large u a border is rounded, and one near 1 would send an exact level down.
-    base = torch.floor(u.detach())
-    rounded = base + torch.ceil(u.detach() - base - border.detach())
+    rounded = round_above(u.detach(), border.detach())
     return straight_through(rounded.to(u.dtype), (u - border).to(u.dtype))

@@ -11,12 +11,12 @@ from typing import final
 
 from torch import nn
 
-from q_aquant.border import Bound, FusedBorder, LearnedBorder, rectified
+from q_aquant.border import Bound, FusedBorder, LearnedBorder, rectified, unclipped
 from q_aquant.flips import AdjustedRounding, AdjustedVectorRounding
 from q_aquant.layers import PatchConv2d
 from q_core.errors import StateError
 from q_core.grid import UniformGrid
-from q_core.layers import QuantConv2d, QuantLinear
+from q_core.layers import QuantConv2d, QuantLinear, conv_arguments
 from q_core.quantizer import Quantizer
 from q_core.rounding import Rounding
 
@@ -91,9 +91,7 @@ class ElementBorder(Form):
     """
 
     def convolution(self, layer: QuantConv2d, low: float, high: float) -> nn.Module:
-        """Return a layer that quantizes patches, or the ordinary one for a kernel of one position."""
-        if layer.kernel_size == (1, 1) and layer.padding in ((0, 0), "valid", 0):
-            return _ordinary(layer, self.border((layer.in_channels, 1, 1), low, high, layer=layer))
+        """Return a layer that quantizes patches."""
         return _on_patches(layer, self.border(_index(layer), low, high, layer=layer))
 
 
@@ -118,12 +116,12 @@ class WindowBorder(Form):
 class ChannelBorder(Form):
     """One border for each channel, shared by all kernel positions: the input is quantized once, as ever.
 
-    It runs on every kernel for ordinary convolutions.
+    Once it has learned it is an ordinary layer, see `ordinary`, and runs on every kernel for convolutions.
     """
 
     def convolution(self, layer: QuantConv2d, low: float, high: float) -> nn.Module:
-        """Return an ordinary layer with another rounding in its slot."""
-        return _ordinary(layer, self.border((layer.in_channels, 1, 1), low, high, layer=layer))
+        """Return a layer that quantizes patches, all positions alike."""
+        return _on_patches(layer, self.border((layer.in_channels, 1, 1), low, high, layer=layer))
 
 
 @final
@@ -150,21 +148,33 @@ def code_range(grid: UniformGrid) -> tuple[float, float]:
     return grid.qmin - zero, grid.qmax - zero
 
 
+def ordinary(layer: PatchConv2d) -> QuantConv2d | None:
+    """Return the layer that quantizes its input once, if that is the same: if all kernel positions share a border.
+
+    Args:
+        layer: Shares its weights with the result.
+
+    Returns:
+        An ordinary layer, or None where positions differ, or where a padded zero would not stay zero.
+    """
+    quantizer = layer.patch_quantizer
+    if not isinstance(quantizer, Quantizer) or not isinstance(quantizer.rounding, LearnedBorder):
+        return None
+    border = quantizer.rounding
+    if border.coefficients.ndim != 4 or border.coefficients.shape[2] != 1 or border.bound is unclipped:
+        return None
+    twin = QuantConv2d(**conv_arguments(layer), device="meta")
+    for name, parameter in layer.named_parameters(recurse=False):
+        twin.register_parameter(name, parameter)
+    twin.weight_quantizer, twin.input_quantizer = layer.weight_quantizer, quantizer
+    return twin.train(layer.training)
+
+
 def _index(layer: nn.Conv2d) -> tuple[int, int, int]:
     return layer.in_channels, layer.kernel_size[0] * layer.kernel_size[1], 1
 
 
 def _on_patches(layer: QuantConv2d, rounding: Rounding) -> PatchConv2d:
-    return PatchConv2d.from_quantized(layer, _on_own_grid(layer, rounding))
-
-
-def _ordinary(layer: QuantConv2d, rounding: Rounding) -> QuantConv2d:
-    twin = QuantConv2d.from_float(layer)
-    twin.weight_quantizer = layer.weight_quantizer
-    twin.input_quantizer = _on_own_grid(layer, rounding)
-    return twin
-
-
-def _on_own_grid(layer: QuantConv2d, rounding: Rounding) -> Quantizer:
     # The grid may learn together with the border, and the old layer must stay what it was.
-    return Quantizer(copy.deepcopy(layer.input_quantizer.grid), rounding)  # type: ignore[arg-type]
+    grid = copy.deepcopy(layer.input_quantizer.grid)
+    return PatchConv2d.from_quantized(layer, Quantizer(grid, rounding))  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ come along, because the activations do; it stays a rounding like any other, in t
 module imported, `pack`, `save_packed`, `load_packed` and `bits_per_weight` of q_core know these layers.
 """
 
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 import torch
 from jaxtyping import Float
@@ -19,6 +19,8 @@ from q_core.errors import FormatError, StateError
 from q_core.layers import conv_arguments
 from q_core.packed import PackedTensor, packed_form, stored
 from q_core.quantizer import Quantizer
+
+_Conv = TypeVar("_Conv", bound=nn.Conv2d)
 
 
 @final
@@ -36,16 +38,9 @@ class PackedPatchConv2d(nn.Conv2d):
         cls, layer: nn.Conv2d, packed_weight: PackedTensor | None, patch_quantizer: nn.Module
     ) -> "PackedPatchConv2d":
         """Take the geometry and the bias of a convolution, and its weight where no other is given."""
-        bare = cls(**conv_arguments(layer), device="meta")
-        weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-        if packed_weight is not None:
-            del bare._parameters["weight"]
-        elif weight is not None:
-            bare.weight = weight
-        if bias is not None:
-            bare.bias = nn.Parameter(bias.detach(), requires_grad=False)
-        bare.packed_weight, bare.patch_quantizer = packed_weight, patch_quantizer
-        return bare.train(layer.training)
+        bare = adopt(cls(**conv_arguments(layer), device="meta"), layer, packed_weight)
+        bare.patch_quantizer = patch_quantizer
+        return bare
 
     def forward(self, x: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n o i j"]:
         """Convolve the quantized patches with the unpacked weight."""
@@ -53,6 +48,19 @@ class PackedPatchConv2d(nn.Conv2d):
         batch = x if x.ndim == 4 else x.unsqueeze(0)
         out = convolve_patches(pad_input(batch, self), weight, self.bias, self.patch_quantizer, self)
         return out if x.ndim == 4 else out.squeeze(0)
+
+
+def adopt(bare: _Conv, layer: nn.Conv2d, packed_weight: PackedTensor | None) -> _Conv:
+    """Give a convolution that was built without memory the bias of another, and the weight where none is packed."""
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if packed_weight is not None:
+        del bare._parameters["weight"]
+    elif weight is not None:
+        bare.weight = weight
+    if bias is not None:
+        bare.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    bare.packed_weight = packed_weight
+    return bare.train(layer.training)
 
 
 def border_bits(model: nn.Module) -> int:

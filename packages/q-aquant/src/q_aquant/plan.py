@@ -57,20 +57,23 @@ class Plan:
 
 
 def pace(iterations: int, published: int = 20_000) -> float:
-    r"""Return the factor on published learning rates for another number of steps: $\sqrt{published / iterations}$.
+    r"""Return the factor on published learning rates for another number of steps, $(published / iterations)^{0.8}$.
 
-    Adam moves a value by about its learning rate in each step, so a hundredth of the steps at the same rate decides
-    nothing: hardly any weight has come far enough to change its mind. Between the rule that keeps the way (the ratio
-    itself) and the one that keeps the noise (the square root) the second is the safe one.
+    Adam moves a value by about its learning rate in each step. A hundredth of the steps at the same rate decides
+    nothing, because hardly any weight has come far enough to change its mind; a hundred times the rate keeps the way
+    but makes the noise a hundred times as large.
 
     Args:
         iterations: Steps to be taken.
         published: Steps for which the learning rates were published.
 
     Note:
-        The papers always take 20,000 steps. The rule is ours; at 20,000 it is 1.
+        The papers always take 20,000 steps. The exponent is ours, between 1, which keeps the way, and 1/2, which keeps
+        the noise: with W2A2 on ResNet-20, judged by 2,000 training images, AQuant reached 89.7 and 92.1 % with 20 and
+        60 times the published rates in 150 steps, 86.8 % with 133 times, and 92.5 and 91.7 % with 20 and 40 times in
+        500 steps.
     """
-    return math.sqrt(published / iterations)
+    return math.pow(published / iterations, 0.8)
 
 
 @dataclasses.dataclass(frozen=True)

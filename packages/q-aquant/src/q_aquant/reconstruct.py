@@ -22,8 +22,9 @@ from tqdm.auto import tqdm
 
 from q_aquant.caches import Cache, collect, run_unit
 from q_aquant.drop import Draws, mix
-from q_aquant.forms import Form
+from q_aquant.forms import Form, ordinary
 from q_aquant.journal import Journal
+from q_aquant.layers import PatchConv2d
 from q_aquant.learners import Learning, Temporary, drop_inside, falling, quantizers, settle, settled
 from q_aquant.plan import Calibration, Look, Plan, UnitLog
 from q_aquant.units import Unit, Units
@@ -150,10 +151,11 @@ class _Engine:
         working = fork(original)
         working, _, temporaries = self._begin(working, torch.Generator())
         settle(temporaries)
+        working = finished(working)
         own = working.state_dict()
         own.update(state)
         working.load_state_dict(own)
-        return finished(working)
+        return working
 
     def _begin(
         self, working: nn.Module, generator: torch.Generator
@@ -382,7 +384,9 @@ def with_borders(unit: nn.Module, form: Form) -> nn.Module:
 
 
 def finished(unit: nn.Module) -> nn.Module:
-    """Freeze what has learned, or could have."""
+    """Freeze what has learned, or could have, and return layers to the ordinary type where that is the same."""
+    patched = [layer for layer in unit.modules() if isinstance(layer, PatchConv2d)]
+    unit = replace_modules(unit, {id(layer): new for layer in patched if (new := ordinary(layer)) is not None})
     for *_, quantizer, _ in quantizers(unit):
         quantizer.requires_grad_(False)
     return unit
