@@ -172,7 +172,7 @@ def zoo(session: nox.Session) -> None:
 
 
 ACCURACY = {"ptq": "ptq.py", "adder": "adder.py", "adder-deit": "adder_deit.py", "adder-qat": "adder_qat.py"}
-SPEED = {"quantizers": "run.py", "adder": "adder.py"}
+SPEED = {"quantizers": "run.py", "adder": "adder.py", "reconstruction": "reconstruction.py"}
 
 
 def scripts(session: nox.Session, suites: Mapping[str, str]) -> tuple[list[str], list[str]]:

@@ -55,11 +55,21 @@ class Pretrained:
             part = torch.from_numpy(padded[start : start + batch])
             yield normalize(crop(part, generator).numpy(), *self.moments)
 
-    def calibration(self, directory: pathlib.Path, count: int, seed: int) -> Tensor:
-        """Return `count` normalised training images, drawn without labels and without replacement."""
+    def calibration(self, directory: pathlib.Path, count: int, seed: int, copies: int = 1) -> Tensor:
+        """Return `count` normalised training images, drawn without labels and without replacement.
+
+        With more than one copy, all but the last eighth of the images come as many times, the further copies cropped at
+        random with 4 pixels of padding and flipped. The last eighth, which judges, stays last and as it is: hold out
+        `count // 8`.
+        """
         images, _ = load(directory, self.train)
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:count]
-        return normalize(images[chosen.numpy()], *self.moments)
+        drawn = images[chosen.numpy()]
+        teaching = drawn[: count - count // 8]
+        padded = torch.from_numpy(np.pad(teaching, ((0, 0), (4, 4), (4, 4), (0, 0))))
+        generator = torch.Generator().manual_seed(seed + 1)
+        further = [crop(padded, generator).numpy() for _ in range(copies - 1)]
+        return normalize(np.concatenate([*further, drawn]), *self.moments)
 
 
 def crop(padded: Tensor, generator: torch.Generator) -> Tensor:

@@ -20,6 +20,7 @@ PAGE = ROOT / "docs" / "reference" / "results.md"
 BITS = ("W8A8", "W6A6", "W4A4", "W3A3", "W2A4")
 EMPTY = "No rows yet."
 ADDER = "adder-"  # what the benchmarks of adder layers are called begins so
+RECONSTRUCTION = "reconstruction-"  # and those of reconstruction
 
 Row = dict[str, Any]
 
@@ -63,7 +64,7 @@ def read(area: str, cell: Callable[[Row], tuple[Any, ...]]) -> list[Row]:
 def accuracy() -> str:
     """One section per network: observers and granularities down, bits across."""
     rows = read("accuracy", lambda row: (row["dataset"], row["network"], row["method"], bits(row), *variant(row)))
-    rows = [row for row in rows if "variant" not in row["settings"]]
+    rows = [row for row in rows if not {"variant", "method"} & row["settings"].keys()]
     networks = sorted({(row["dataset"], row["network"]) for row in rows})
     sections = [section(*key, [row for row in rows if (row["dataset"], row["network"]) == key]) for key in networks]
     return "\n\n".join(sections) or EMPTY
@@ -100,6 +101,44 @@ def adder_accuracy() -> str:
             f"Seeds: {distinct(row['seed'] for row in own)}. "
             f"Float checkpoint: {distinct(row['checkpoint_sha256'][:12] for row in own)}. Commit: {commits(own)}.",
             "Stays float: " + "; ".join(by_kind([row for row in own if row["method"] != "float"])) + ".",
+            machine(own),
+            "\n".join(["```console", *dict.fromkeys(row["command"] for row in own), "```"]),
+        ]
+    return "\n\n".join(sections) or EMPTY
+
+
+RECONSTRUCTION_BITS = ("W4A4", "W2A4", "W32A4", "W3A3", "W2A2", "W32A2")
+
+
+def reconstruction_accuracy() -> str:
+    """One section per network and number of steps: methods with their placement down, bits across."""
+
+    def cell(row: Row) -> tuple[Any, ...]:
+        settings = row["settings"]
+        return row["network"], settings.get("method"), settings.get("iterations"), bits(row), row["seed"]
+
+    rows = [row for row in read("accuracy", cell) if "method" in row["settings"]]
+    sections = []
+    for network in dict.fromkeys(row["network"] for row in rows):
+        own = [row for row in rows if row["network"] == network]
+        cells: dict[tuple[str, str, str, str], list[float]] = {}
+        for row in own:
+            settings = row["settings"]
+            steps = "none" if settings["iterations"] is None else f"{settings['iterations']:,}"
+            cells.setdefault((settings["method"], settings["placement"], steps, bits(row)), []).append(row["value"])
+        names = dict.fromkeys(key[:3] for key in cells)
+        shown_bits = [each for each in RECONSTRUCTION_BITS if any(key[3] == each for key in cells)]
+        lines = [[*name, *(mean_and_spread(cells.get((*name, each), [])) for each in shown_bits)] for name in names]
+        sections += [
+            f"### {network}, reconstructed",
+            table(["method", "placement", "steps", *shown_bits], lines, left=2),
+            f"Top-1 accuracy in percent on {distinct(row['samples'] for row in own)} images of "
+            f"{distinct(row['dataset'] for row in own)}, mean over seeds with the least and the largest. "
+            f"Seeds: {distinct(row['seed'] for row in own)}. "
+            f"Calibration images: {distinct(row['settings']['calibration_images'] for row in own)}, without labels. "
+            f"First and last layer: {distinct(row['settings']['edge_bits'] for row in own)} bits. "
+            f"Learning rates: {distinct(row['settings']['rates'] for row in own if row['settings']['rates'])}. "
+            f"Float checkpoint: {distinct(row['checkpoint_sha256'][:12] for row in own)}. Commit: {commits(own)}.",
             machine(own),
             "\n".join(["```console", *dict.fromkeys(row["command"] for row in own), "```"]),
         ]
@@ -169,8 +208,9 @@ def section(dataset: str, network: str, rows: list[Row]) -> str:
 
 def speed() -> str:
     """One table of all comparisons."""
-    rows = read("speed", lambda row: (row["benchmark"], row["case"], row["peer"], row["threads"], row["device"]))
-    rows = [row for row in rows if not row["benchmark"].startswith(ADDER)]
+    names = ("benchmark", "case", "peer", "threads", "device")
+    rows = read("speed", lambda row: tuple(row.get(name) for name in names))
+    rows = [row for row in rows if not row["benchmark"].startswith((ADDER, RECONSTRUCTION))]
     if not rows:
         return EMPTY
     lines = [
@@ -231,6 +271,53 @@ def adder_speed() -> str:
         machine(rows),
     ]
     return "\n\n".join(parts)
+
+
+MEASURED = {
+    "step": "A step of all units",
+    "once": "What is done once, of all units: passes over the images, and looks",
+    "run": "A whole run, put together of both",
+    "memory": "Peak memory of a run",
+}
+
+
+def reconstruction_speed() -> str:
+    """One table for each kind of measurement."""
+
+    def cell(row: Row) -> tuple[Any, ...]:
+        return tuple(row.get(name) for name in ("benchmark", "case", "ours", "peer", "threads", "device"))
+
+    rows = [row for row in read("speed", cell) if row["benchmark"].removeprefix(RECONSTRUCTION) in MEASURED]
+    parts = []
+    for kind, title in MEASURED.items():
+        some = [row for row in rows if row["benchmark"] == RECONSTRUCTION + kind]
+        lines = [
+            [
+                row["case"],
+                row["ours"],
+                size(row, "ours"),
+                row["peer"],
+                size(row, "peer"),
+                f"{row['ratio']:.2f}",
+                *([] if kind == "memory" else [shown(row["spread"])]),
+                "" if row["target"] is None else f"at most {row['target']:.3g}, {'met' if row['met'] else 'missed'}",
+                str(row["threads"]),
+            ]
+            for row in some
+        ]
+        spread = [] if kind == "memory" else ["spread"]
+        head = ["case", "ours", "takes", "peer", "takes", "ratio", *spread, "goal", "threads"]
+        parts += [f"#### {title}", table(head, lines, left=2)] if some else []
+    if not rows:
+        return EMPTY
+    images = f"Network and images: {distinct(row['images'] for row in rows)}."
+    return "\n\n".join([*parts, f"{images} Commit: {commits(rows)}.", machine(rows)])
+
+
+def size(row: Row, party: str) -> str:
+    if row["benchmark"].endswith("memory"):
+        return f"{row[f'{party}_bytes'] / 2**20:.0f} MiB"
+    return f"{row[f'{party}_seconds']:.3g} s"
 
 
 def adder_cell(row: Row) -> tuple[Any, ...]:
@@ -315,7 +402,14 @@ def table(head: list[str], lines: list[list[str]], *, left: int) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
 
 
-BLOCKS = {"accuracy": accuracy, "adder-accuracy": adder_accuracy, "speed": speed, "adder-speed": adder_speed}
+BLOCKS = {
+    "accuracy": accuracy,
+    "adder-accuracy": adder_accuracy,
+    "reconstruction-accuracy": reconstruction_accuracy,
+    "speed": speed,
+    "adder-speed": adder_speed,
+    "reconstruction-speed": reconstruction_speed,
+}
 
 if __name__ == "__main__":
     main()

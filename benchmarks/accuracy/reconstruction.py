@@ -24,10 +24,23 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from torch import Tensor, nn
 
 from networks import NETWORKS, Pretrained, correct
-from q_aquant import a_rounding, adaround, aquant, brecq, qdrop, rounding
+from q_aquant import (
+    ActivationScales,
+    Plan,
+    WeightRounding,
+    a_rounding,
+    adaround,
+    aquant,
+    aquant_closed_form,
+    brecq,
+    qdrop,
+    rounding,
+)
 from q_aquant.forms import ChannelBorder, ElementBorder, WindowBorder
+from q_aquant.methods import one_stage
 from q_aquant.placement import InputPlacement, OutputPlacement
 from q_aquant.plan import pace
+from q_aquant.setup import Bits
 from q_core import bits_per_weight, pack
 from q_core.cli.rows import TOP1, AccuracyRow, append_jsonl, environment, float_parts, state_sha256
 from q_core.methods import Quantized
@@ -59,6 +72,19 @@ class Variant:
 
 
 WEIGHTS_ONLY = ("AdaRound",)
+
+
+def without_borders(
+    model: nn.Module, batches: Iterable[Any], *, weight_bits: int, activation_bits: int, edge_bits: int, **options: Any
+) -> Quantized:
+    """AQuant's recipe, placement and learning rates, but nearest rounding: what its borders are to be compared with."""
+    iterations = options.pop("iterations")
+    learners = (WeightRounding(lr=3e-3, penalty=0.05, beta=(16.0, 2.0)), ActivationScales())
+    plan = Plan(learners, mixing=0.5, iterations=iterations, pace=pace(iterations))
+    bits = Bits(weight_bits, activation_bits, edge_bits)
+    return one_stage(model, batches, bits, plan, InputPlacement(), **options)
+
+
 VARIANTS = (
     Variant("nearest", rounding, "input", learns=False),
     Variant("A-rounding", a_rounding, "input", learns=False),
@@ -66,6 +92,8 @@ VARIANTS = (
     Variant("BRECQ", brecq, "output"),
     Variant("QDrop", partial(qdrop, placement=OutputPlacement()), "output"),
     Variant("QDrop at inputs", partial(qdrop, placement=InputPlacement()), "input"),
+    Variant("AQuant without borders", without_borders, "input"),
+    Variant("AQuant, closed form", aquant_closed_form, "input", learns=False),
     Variant("AQuant, linear", partial(aquant, form=ElementBorder(degree=1)), "input"),
     Variant("AQuant, quadratic", partial(aquant, form=ElementBorder()), "input"),
     Variant("AQuant, fused", partial(aquant, form=WindowBorder()), "input"),
@@ -74,7 +102,14 @@ VARIANTS = (
 MAIN = [
     *(("cifar10-resnet20", bits, VARIANTS, (0, 1, 2)) for bits in ((2, 2), (3, 3), (32, 2))),
 ]
-BEST = ("nearest", "QDrop", "QDrop at inputs", "AQuant, quadratic", "AQuant, position-shared")
+BEST = (
+    "nearest",
+    "QDrop",
+    "QDrop at inputs",
+    "AQuant without borders",
+    "AQuant, quadratic",
+    "AQuant, position-shared",
+)
 FURTHER = [
     *(("cifar10-resnet20", bits, VARIANTS, (0,)) for bits in ((4, 4), (2, 4), (32, 4))),
     *((network, (2, 2), VARIANTS, (0, 1, 2)) for network in ("cifar100-resnet20v", "cifar10-resnet56")),
@@ -177,7 +212,7 @@ class Session:
             "calibration_images": CALIBRATION_IMAGES,
             "held_out": CALIBRATION_IMAGES // 8 if variant.learns else 0,
             "units": len(logs),
-            "units_kept": sum(log.outcome == "learned" for log in logs),
+            "units_kept": sum(log.error < log.start for log in logs),
             "seconds": round(seconds, 1),
             "bits_per_weight": round(bits_per_weight(pack(result.model)), 3) if bits[0] < 32 else 32,
         }

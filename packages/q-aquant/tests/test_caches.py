@@ -93,6 +93,17 @@ def test_a_strided_batch_with_a_gradient_is_written(storage: Storage) -> None:
         torch.testing.assert_close(found, values.detach(), rtol=0, atol=0)  # kept, not computed
 
 
+def test_what_is_written_with_channels_last_is_read_so(storage: Storage) -> None:
+    values = torch.randn(5, 3, 4, 2).contiguous(memory_format=torch.channels_last)
+    with storage.allocate(5, (3, 4, 2), values.dtype) as cache:
+        cache.write(0, values[:2])
+        cache.write(2, values[2:].contiguous())  # the first batch decides
+        found = cache.read(torch.tensor([4, 0, 3]))
+        torch.testing.assert_close(found, values[[4, 0, 3]], rtol=0, atol=0)  # kept, not computed
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert not found.is_contiguous()
+
+
 def test_axes_of_length_1_may_have_any_stride(storage: Storage) -> None:
     values = torch.randn(5, 4).t()[:1, :1]
     with filled(storage, values) as cache:

@@ -118,10 +118,31 @@ def test_half_mixing_takes_half_of_each() -> None:
         assert abs(float(share) - probability) < 0.006
 
 
-def test_ranks_draw_what_one_process_would() -> None:
-    whole = Draws(torch.Generator().manual_seed(3)).keep(torch.empty(6, 5), 0.5)
-    parts = [Draws(torch.Generator().manual_seed(3), rank, 2).keep(torch.empty(3, 5), 0.5) for rank in (0, 1)]
-    assert torch.equal(torch.cat(parts), whole)
+@pytest.mark.parametrize("probability", [0.5, 0.2])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_ranks_draw_what_one_process_would(probability, order) -> None:
+    def draw(images, rank, world):
+        like = torch.empty(images, 5, 3, 7, memory_format=order)
+        mask = Draws(torch.Generator().manual_seed(3), rank, world).keep(like, probability)
+        assert mask.stride() == like.stride()
+        return mask
+
+    assert torch.equal(torch.cat([draw(3, rank, 2) for rank in (0, 1)]), draw(6, 0, 1))
+
+
+def test_every_bit_of_a_fair_draw_is_fair() -> None:
+    mask = Draws(torch.Generator().manual_seed(0)).keep(torch.empty(40_000, 64), 0.5)
+    # 40,000 draws of each bit: five standard deviations are 0.0125; 64 of them, and neighbours in pairs
+    assert float((mask.double().mean(0) - 0.5).abs().max()) < 0.0125
+    assert abs(float((mask[:, 1:] & mask[:, :-1]).double().mean()) - 0.25) < 0.0125
+
+
+def test_mixing_takes_elements_as_they_are() -> None:
+    from q_aquant.drop import mix
+
+    quantized, original = 1e3 * images(4), images(4, seed=2)
+    mixed = mix(quantized, original, 0.5, Draws(torch.Generator().manual_seed(0)))
+    assert bool(((mixed == quantized) | (mixed == original)).all())
 
 
 def test_dropping_with_probability_one_changes_nothing_and_leaves_no_wrapper() -> None:
@@ -235,7 +256,7 @@ def test_power_loss_sums_channels_and_averages_the_rest() -> None:
     torch.testing.assert_close(PowerLoss()(output, target), error.square().sum(1).mean())
     torch.testing.assert_close(PowerLoss(2.4)(output, target), error.abs().pow(2.4).sum(1).mean())
     with pytest.raises(RangeError, match="p=0"):
-        PowerLoss(0)
+        PowerLoss(0.0)
 
 
 def test_fisher_loss_weighs_by_the_gradient_of_the_divergence() -> None:

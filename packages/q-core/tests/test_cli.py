@@ -8,6 +8,7 @@ import pickle
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from q_core.cli import main
 pytest.importorskip("matplotlib", reason="the command is part of the extra q-core[cli]")
 pytest.importorskip("tyro", reason="the command is part of the extra q-core[cli]")
 
-from q_core.cli import sources
+from q_core.cli import keywords, sources
 from q_core.cli.job import Configuration, Job, accuracy, run
 from q_core.cli.rows import state_sha256
 
@@ -88,6 +89,14 @@ import q_core
 def shy(model, batches, *, weight_bits, activation_bits, edge_bits, progress=True):
     "Leaves the inputs float, whatever the bits."
     return q_core.nearest(model, batches, weight_bits=weight_bits, activation_bits=32, edge_bits=1, progress=progress)
+
+
+def patient(model, batches, *, iterations=20, seed=3, progress=True, **bits):
+    "Takes steps, and draws from a generator of its own."
+    import helper
+
+    assert (iterations, seed) in ((4, 11), (1, 3)), (iterations, seed)
+    return q_core.nearest(model, batches, progress=progress, **bits)
 """
 
 
@@ -350,6 +359,88 @@ def test_methods_are_found_by_their_entry_points(
     capsys.readouterr()
     assert main([*words, "--method", "unknown"]) == 2
     assert "installed are nearest, shy" in capsys.readouterr().err
+
+
+def test_a_function_in_a_file_is_a_method_and_gets_steps_and_seed(
+    words: list[str], file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    method = file.parent / "method.py"
+    method.write_text(METHOD)
+    given = [*words, "--method", f"{method}:patient", "--seed", "11", "--iterations"]
+    assert main([*given, "4"]) == 0
+    row = json.loads((tmp_path / "out" / "results.json").read_text())[1]
+    assert (row["method"], row["seed"], row["settings"]["iterations"]) == ("method.py:patient", 11, 4)
+    # A dry run takes one step.
+    assert main([*given, "400", "--dry-run"]) == 0
+    capsys.readouterr()
+    assert main([*words, "--method", f"{method}:patent"]) == 2
+    assert "method.py has no function 'patent' (did you mean 'patient'?)" in capsys.readouterr().err
+
+
+def taker(
+    model: nn.Module,
+    batches: object,
+    *,
+    looks: int = 3,
+    share: float | None = None,
+    flip: bool = False,
+    name: str = "a",
+    folder: str | os.PathLike[str] | None = None,
+    parts: Sequence[type[nn.Module]] | Sequence[str] | None = None,
+    late: "int" = 2,
+    bare=None,
+    grid: nn.Module | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **others: object,
+) -> None:
+    """Has a keyword of every kind."""
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("looks=5", 5),
+        ("looks=-5", -5),
+        ("share=0.25", 0.25),
+        ("share=2", 2.0),
+        ("share=none", None),
+        ("flip=True", True),
+        ("flip=false", False),
+        ("name=none", "none"),
+        ("name=a=b", "a=b"),
+        ("folder=x/y", "x/y"),
+        ("folder=None", None),
+        ("parts=one,two", ("one", "two")),
+        ("late=7", 7),
+        ("bare=text", "text"),
+        ("grid=none", None),
+    ],
+)
+def test_words_become_what_a_keyword_is_declared_to_be(word: str, value: object) -> None:
+    (found,) = keywords.read("taker", taker, [word]).values()
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("looks=2.5", "looks is a whole number$"),
+        ("looks=none", "looks is a whole number$"),
+        ("share=much", "share is a number or none$"),
+        ("flip=1", "flip is true or false$"),
+        ("grid=UniformGrid", "grid is no number and no text"),
+        ("late=x", "late is a whole number$"),
+        ("others=3", "'taker' takes looks, share, flip, name, folder, parts, late, bare, grid$"),
+        ("progress=false", "'taker' takes looks"),
+        ("edge-bits=3", "give it as --edge-bits 3$"),
+    ],
+)
+def test_words_that_are_not_are_refused(word: str, message: str) -> None:
+    with pytest.raises(q_core.SpecError, match=message) as raised:
+        keywords.read("taker", taker, [word])
+    assert str(raised.value).startswith(f"--option {word}: ")
 
 
 @pytest.mark.skipif(

@@ -21,6 +21,7 @@ pytest.importorskip("matplotlib", reason="the report is part of the extra q-core
 from q_core.analysis import Distribution, LayerError
 from q_core.cli.report import LayerView, TableRow, render
 from q_core.cli.rows import AccuracyRow, append_jsonl, environment, float_parts, source_commit, state_sha256
+from q_core.swap import wrap_units
 
 FIELDS = [
     "network",
@@ -308,3 +309,16 @@ def test_float_parts_name_modules_slots_and_what_no_module_shows() -> None:
     assert any(part.startswith("3 (Linear)") for part in parts)
     assert "biases" in parts
     assert any("additions" in part for part in parts)
+
+
+def test_float_parts_follow_a_method_that_moves_a_quantizer_to_a_unit_around_its_layers() -> None:
+    block = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 2, 1))
+    recipe = q_core.Recipe(q_core.QuantSpec.signed(4))
+    rules = [q_core.Rule(r"0\.0", weight=recipe, input=recipe), q_core.Rule(r"0\.2|1", weight=recipe)]
+    twin, report = q_core.swap(nn.Sequential(block, nn.Conv2d(2, 2, 1)), rules)
+    twin = wrap_units(twin, ["0", "1"])
+    twin[0].input_quantizer, twin[0].body[0].input_quantizer = twin[0].body[0].input_quantizer, nn.Identity()
+    assert [part for part in float_parts(twin, report) if "Conv2d" in part] == [
+        "0.2 (Conv2d): its input",
+        "1 (Conv2d): its input",
+    ]

@@ -3,17 +3,30 @@
 from importlib import metadata as _metadata
 
 from q_aquant.border import FusedBorder, LearnedBorder
+from q_aquant.deploy import by_shifts, by_thresholds, by_warp, deploy, in_integers
 from q_aquant.disk import OnDisk
 from q_aquant.forms import ChannelBorder, ElementBorder, WindowBorder
 from q_aquant.layers import PatchConv2d
-from q_aquant.learners import ActivationScales, Borders, WeightRounding
-from q_aquant.losses import FisherLoss, PowerLoss
-from q_aquant.methods import Reconstructed, a_rounding, adaround, aquant, brecq, qdrop, rounding
+from q_aquant.learners import ActivationScales, Borders, WeightRounding, WeightScales
+from q_aquant.losses import DivergenceLoss, FisherLoss, PowerLoss, PredictionDifference
+from q_aquant.methods import (
+    Reconstructed,
+    a_rounding,
+    adaround,
+    aquant,
+    aquant_closed_form,
+    brecq,
+    qdrop,
+    rounding,
+)
 from q_aquant.packed import PackedPatchConv2d, border_bits
 from q_aquant.placement import InputPlacement, OutputPlacement
 from q_aquant.plan import Calibration, Plan
 from q_aquant.reconstruct import reconstruct
 from q_aquant.roundings import FixedRounding, LearnedRounding
+from q_aquant.shifted import IntegerConv2d, ShiftedConv2d
+from q_aquant.starts import ClosedForm
+from q_aquant.thresholds import ThresholdRounding, WarpedRounding, carrier_table
 from q_aquant.units import Units, find_layers, find_units
 
 try:
@@ -26,11 +39,14 @@ __all__ = [
     "Borders",
     "Calibration",
     "ChannelBorder",
+    "ClosedForm",
+    "DivergenceLoss",
     "ElementBorder",
     "FisherLoss",
     "FixedRounding",
     "FusedBorder",
     "InputPlacement",
+    "IntegerConv2d",
     "LearnedBorder",
     "LearnedRounding",
     "OnDisk",
@@ -39,17 +55,29 @@ __all__ = [
     "PatchConv2d",
     "Plan",
     "PowerLoss",
+    "PredictionDifference",
     "Reconstructed",
+    "ShiftedConv2d",
+    "ThresholdRounding",
     "Units",
+    "WarpedRounding",
     "WeightRounding",
+    "WeightScales",
     "WindowBorder",
     "a_rounding",
     "adaround",
     "aquant",
+    "aquant_closed_form",
     "border_bits",
     "brecq",
+    "by_shifts",
+    "by_thresholds",
+    "by_warp",
+    "carrier_table",
+    "deploy",
     "find_layers",
     "find_units",
+    "in_integers",
     "qdrop",
     "reconstruct",
     "rounding",

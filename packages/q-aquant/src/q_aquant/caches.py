@@ -26,6 +26,9 @@ GIB = 1 << 30
 class Cache(abc.ABC):
     """Samples of one shape and dtype, by their index. Made by a `Storage`; close it, or use it in a `with` statement.
 
+    What is read has the order of memory of the first batch that was written, plain or channels last: a convolution on a
+    CPU may take twice as long in the one as in the other.
+
     Attributes:
         count: Number of samples.
         sample_shape: Shape of one.
@@ -37,6 +40,7 @@ class Cache(abc.ABC):
         self._device: torch.device | None = None
         self._written = torch.zeros(count, dtype=torch.bool)
         self._complete = False
+        self._channels_last = False
         self._closing: list[Callable[[], object]] = []
         # Also when it is forgotten, and at the end of the interpreter.
         self._finalizer = weakref.finalize(self, _run_all, self._closing)
@@ -81,9 +85,10 @@ class Cache(abc.ABC):
         if start < 0 or stop > self.count:
             raise RangeError(f"samples {start} to {stop} written to a cache of {self.count}")
         if self._device is None:
+            self._channels_last = not batch.is_contiguous() and batch.is_contiguous(memory_format=torch.channels_last)
             self._allocate(batch.device)
             self._device = batch.device
-        self._put(start, batch.detach())
+        self._put(start, batch.detach().permute(0, 2, 3, 1) if self._channels_last else batch.detach())
         self._written[start:stop] = True
         self._complete = bool(self._written.all())
 
@@ -102,7 +107,8 @@ class Cache(abc.ABC):
         self._check_open()
         if self._device is None or not self._complete or indices.device.type == "cpu":
             self._check_indices(indices.cpu())
-        return self._take(indices, self._device or torch.device("cpu"))
+        rows = self._take(indices, self._device or torch.device("cpu"))
+        return rows.permute(0, 3, 1, 2) if self._channels_last else rows
 
     def close(self) -> None:
         """Let go of the memory or the file, and of its part of the budget. May be called again."""
@@ -112,6 +118,12 @@ class Cache(abc.ABC):
     def closed(self) -> bool:
         """Whether it was closed."""
         return not self._finalizer.alive
+
+    @property
+    def _stored_shape(self) -> tuple[int, ...]:
+        """Shape of one sample as it lies in memory."""
+        shape = self.sample_shape
+        return (*shape[1:], shape[0]) if self._channels_last else shape
 
     @property
     def nbytes(self) -> int:
@@ -138,11 +150,11 @@ class Cache(abc.ABC):
 
     @abc.abstractmethod
     def _put(self, start: int, batch: Tensor) -> None:
-        """Write checked samples."""
+        """Write checked samples, [rows, *_stored_shape]."""
 
     @abc.abstractmethod
     def _take(self, indices: Tensor, device: torch.device) -> Tensor:
-        """Gather checked samples on a device."""
+        """Gather checked samples on a device, [rows, *_stored_shape]."""
 
 
 class Storage(abc.ABC):
@@ -242,7 +254,7 @@ class _MemoryCache(Cache):
     def _allocate(self, device: torch.device) -> None:
         place = torch.device("cpu") if self._on_host else device
         pinned = self._on_host and device.type == "cuda"
-        shape = (self.count, *self.sample_shape)
+        shape = (self.count, *self._stored_shape)
         try:
             self._rows.append(torch.empty(shape, dtype=self.dtype, device=place, pin_memory=pinned))
         except (RuntimeError, MemoryError) as error:
@@ -255,11 +267,11 @@ class _MemoryCache(Cache):
         self._rows[0][start : start + len(batch)].copy_(batch)
 
     def _take(self, indices: Tensor, device: torch.device) -> Tensor:
-        (rows,) = self._rows or [torch.empty(0, *self.sample_shape, dtype=self.dtype)]
+        (rows,) = self._rows or [torch.empty(0, *self._stored_shape, dtype=self.dtype)]
         if rows.device == device:
             return rows.index_select(0, indices.to(device))
         # From pinned to pinned memory; torch keeps the latter until the copy to the device is over.
-        staged = torch.empty((len(indices), *self.sample_shape), dtype=self.dtype, pin_memory=rows.is_pinned())
+        staged = torch.empty((len(indices), *self._stored_shape), dtype=self.dtype, pin_memory=rows.is_pinned())
         return torch.index_select(rows, 0, indices.cpu(), out=staged).to(device, non_blocking=True)
 
 
@@ -291,6 +303,7 @@ def collect(
     storage: Storage,
     *,
     batch_size: int = 64,
+    memory_format: torch.memory_format = torch.preserve_format,
 ) -> Cache:
     """Run a model as far as one of its modules, and keep the input of that module.
 
@@ -302,6 +315,7 @@ def collect(
         path: Path of the module; it takes one tensor.
         storage: Where the input is kept.
         batch_size: Images in a pass.
+        memory_format: Order of memory in which the images enter the model.
 
     Returns:
         A cache with a sample for each image. Close it.
@@ -338,7 +352,8 @@ def collect(
         raise StateError(f"module {path!r} did not run: leave it out of the units")
 
     def batches(size: int) -> Iterator[Tensor]:
-        return (images[at : at + size] for at in range(0, len(images), size))
+        starts = range(0, len(images), size)
+        return (images[at : at + size].to(memory_format=memory_format) for at in starts)
 
     with evaluation(model):
         return _fill(batches, entering, len(images), storage, batch_size, f"module {path!r} takes")

@@ -106,7 +106,7 @@ class _FileCache(Cache):
         if wrong.numel():
             self._damaged(f"is damaged at sample {int(wrong[0])}")
         values = rows[:, : self._row].contiguous().view(self.dtype)
-        return values.reshape(len(indices), *self.sample_shape).to(device)
+        return values.reshape(len(indices), *self._stored_shape).to(device)
 
 
 def _new_file(folder: Path, size: int) -> tuple[Path, int]:

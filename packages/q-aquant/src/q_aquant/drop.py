@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from q_core import Quantizer, UniformGrid
 from q_core.errors import RangeError
 
+_BITS_OF_BYTE = torch.tensor([[byte >> bit & 1 for bit in range(8)] for byte in range(256)], dtype=torch.uint8)
+"""What each byte says about eight elements, [256, 8]."""
+
 
 @dataclasses.dataclass
 class Draws:
@@ -31,20 +34,25 @@ class Draws:
     world: int = 1
 
     def keep(self, like: Float[Tensor, "*shape"], probability: float) -> Bool[Tensor, "*shape"]:
-        """Draw a mask of the shape of `like`, True with the given probability."""
-        shape = (like.shape[0] * self.world, *like.shape[1:])
+        """Draw a mask of the shape of `like` and in its order of memory, True with the given probability."""
+        count = like.numel() * self.world
         if probability == 0.5 and like.device.type == "cpu":
-            mask = self._fair(shape)
+            mask = self._fair(count)
         else:
-            mask = torch.rand(shape, generator=self.generator, device=like.device) < probability
-        return mask[self.rank * like.shape[0] : (self.rank + 1) * like.shape[0]]
+            mask = torch.rand(count, generator=self.generator, device=like.device) < probability
+        own = mask[self.rank * like.numel() : (self.rank + 1) * like.numel()]
+        if not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last):
+            images, channels, rows, columns = like.shape
+            return own.view(images, rows, columns, channels).permute(0, 3, 1, 2)
+        return own.view(like.shape)
 
-    def _fair(self, shape: tuple[int, ...]) -> Tensor:
-        # One random byte an element, eight of them from one draw: several times faster than a uniform float each.
-        count = torch.Size(shape).numel()
-        words = torch.empty(-(-count // 7), dtype=torch.int64).random_(generator=self.generator)
-        # random_() of int64 draws 63 bits: the highest byte of a word would be biased, so seven of eight serve.
-        return (words.view(torch.uint8).reshape(-1, 8)[:, :7].reshape(-1)[:count] < 128).reshape(shape)
+    def _fair(self, count: int) -> Tensor:
+        # One random bit an element, 64 of them from one draw: many times faster than a uniform float each.
+        words = torch.empty(-(-count // 64), dtype=torch.int64)
+        words.random_(torch.iinfo(torch.int64).min, None, generator=self.generator)
+        # Eight elements at a time are looked up as one number, which is much faster than shifting bits apart.
+        eights = _BITS_OF_BYTE.view(torch.int64).squeeze(1).index_select(0, words.view(torch.uint8).int())
+        return eights.view(torch.bool)[:count]
 
 
 def mix(
@@ -63,7 +71,8 @@ def mix(
     """
     if probability in (0, 1):
         return quantized if probability else original
-    return torch.where(draws.keep(quantized, probability), quantized, original)
+    # Exact at both ends, and on a CPU several times faster than torch.where, which reads its condition byte by byte.
+    return torch.lerp(original, quantized, draws.keep(quantized, probability).to(quantized.dtype))
 
 
 @final

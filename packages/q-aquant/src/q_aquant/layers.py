@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from q_aquant.border import FusedBorder, LearnedBorder, rectified
+from q_aquant.drop import RandomDrop
 from q_aquant.ops import border_conv2d, border_quantize, unfold_patches
 from q_aquant.roundings import Gradual
 from q_core.functional import scale_gradient
@@ -90,7 +91,8 @@ def convolve_patches(
         layer: Gives stride, dilation and groups.
 
     Returns:
-        The output. In the backward pass patches are built again, so that none outlives its turn.
+        The output. In the backward pass patches are built again, so that none outlives its turn; but not where they
+        are quantized at random.
     """
     border = _Border.of(quantizer)
     if border is not None and border.fits(x, weight, bias):
@@ -98,7 +100,9 @@ def convolve_patches(
     (high, wide), (down, across) = weight.shape[2:], layer.stride
     rows = (x.shape[2] - layer.dilation[0] * (high - 1) - 1) // down + 1
     columns = (x.shape[3] - layer.dilation[1] * (wide - 1) - 1) // across + 1
-    images = max(1, _PANEL // max(1, x.shape[1] * high * wide * rows * columns))
+    # Random masks are drawn for the whole batch at once, and not again in the backward pass.
+    random = isinstance(quantizer, RandomDrop)
+    images = len(x) if random else max(1, _PANEL // max(1, x.shape[1] * high * wide * rows * columns))
     matrix = weight.reshape(layer.groups, weight.shape[0] // layer.groups, -1)
 
     def panel(part: Tensor, matrix: Tensor) -> Tensor:
@@ -107,7 +111,7 @@ def convolve_patches(
         return (matrix @ grouped).reshape(len(part), weight.shape[0], rows, columns)
 
     def run(part: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
+        if random or not torch.is_grad_enabled():
             return panel(part, matrix)
         out: Tensor = checkpoint(panel, part, matrix, use_reentrant=False, preserve_rng_state=False)
         return out

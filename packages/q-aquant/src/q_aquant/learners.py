@@ -17,8 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from q_aquant.drop import Draws, RandomDrop
-from q_aquant.roundings import Gradual, LearnedRounding, annealed_beta, gradual_influence, rounding_penalty
-from q_core.errors import RangeError
+from q_aquant.roundings import (
+    Anchored,
+    FixedCodes,
+    FixedRounding,
+    Gradual,
+    LearnedRounding,
+    annealed_beta,
+    gradual_influence,
+    rounding_penalty,
+)
+from q_core.errors import RangeError, StateError
 from q_core.functional import broadcast_scale
 from q_core.grid import UniformGrid
 from q_core.layers import slots
@@ -116,6 +125,8 @@ def settle(temporaries: Sequence[Temporary]) -> None:
 class WeightRounding(Learner):
     """Learn for every weight whether it goes up or down, as AdaRound does.
 
+    Where that was decided in an earlier stage, it goes on from half-way to the decision.
+
     Attributes:
         lr: Learning rate of Adam.
         penalty: Weight of the penalty on undecided weights, relative to the loss.
@@ -132,16 +143,27 @@ class WeightRounding(Learner):
     warmup: float = 0.2
 
     def begin(self, unit: nn.Module) -> Learning:
-        """Give every quantized weight a rounding that learns."""
+        """Give every quantized weight a rounding that learns.
+
+        Raises:
+            StateError: The scales of the weights learned in an earlier stage, so that their codes stay.
+        """
         roundings: list[LearnedRounding] = []
         temporaries = []
         for _, _, quantizer, weight in list(quantizers(unit)):
             if weight is None or not isinstance(quantizer.grid, UniformGrid):
                 continue
-            rounding = LearnedRounding.of(_coordinate(weight, quantizer.grid))
-            quantizer.rounding = rounding
+            # Where the scale learns too, the rounding is inside what keeps the codes apart from it.
+            anchored = isinstance(quantizer.rounding, Anchored)
+            owner = quantizer.rounding if anchored else quantizer
+            before = owner.rounding
+            if isinstance(before, FixedCodes):
+                raise StateError("the scales of weights have learned, and their codes stay: leave WeightRounding out")
+            decided = before if isinstance(before, FixedRounding) else None
+            rounding = LearnedRounding.of(_coordinate(weight, quantizer.grid), decided)
+            setattr(owner, "rounding", rounding)  # noqa: B010 - mypy sees a module of any kind
             roundings.append(rounding)
-            temporaries.append(Temporary(quantizer, "rounding", rounding, rounding.hardened))
+            temporaries.append(Temporary(owner, "rounding", rounding, rounding.hardened))
         groups = [{"params": [rounding.logit for rounding in roundings], "lr": self.lr}] if roundings else []
         return _LearningWeights(groups, temporaries, roundings=roundings, part=self)
 
@@ -161,6 +183,47 @@ class _LearningWeights(Learning):
         start, end = self.part.beta
         beta = annealed_beta(self.progress, start=start, end=end, warmup=self.part.warmup)
         return self.part.penalty * torch.stack([rounding_penalty(each.share(), beta) for each in self.roundings]).sum()
+
+
+@final
+@dataclasses.dataclass(frozen=True)
+class WeightScales(Learner):
+    r"""Learn the scales of weights while the codes stay, or learn apart from them.
+
+    Which two levels a weight lies between is settled at the start: $\hat{w} = s\,(\lfloor w / s_0 \rfloor + h - z)$.
+    Put it before `WeightRounding`, which then learns $h$; without it the codes are those the weights have.
+
+    Attributes:
+        lr: Learning rate of Adam at the start, relative to the mean scale of each weight; it falls to zero.
+
+    Source:
+        Jeon et al. 2023 (Genie), arXiv:2303.13109. There the rate is 1e-4 for all; relative to the scale is ours.
+    """
+
+    lr: float = 1e-3
+
+    def begin(self, unit: nn.Module) -> Learning:
+        """Give every quantized weight a scale that learns.
+
+        Raises:
+            StateError: The rounding of weights learns already.
+        """
+        temporaries: list[Temporary] = []
+        scales: list[Tensor] = []
+        for _, _, quantizer, weight in list(quantizers(unit)):
+            if weight is None or not isinstance(quantizer.grid, UniformGrid):
+                continue
+            if isinstance(quantizer.rounding, LearnedRounding):
+                raise StateError("the rounding of weights learns already: put WeightScales before WeightRounding")
+            grid = quantizer.grid
+            anchored = Anchored(quantizer.rounding, _coordinate(weight, grid))
+            learnable = UniformGrid(grid.scale, grid.zero_point, qmin=grid.qmin, qmax=grid.qmax, learnable=True)
+            temporaries.append(Temporary(quantizer, "grid", learnable, learnable.frozen))
+            temporaries.append(Temporary(quantizer, "rounding", anchored, anchored.settled))
+            quantizer.grid, quantizer.rounding = learnable, anchored
+            scales.append(learnable.scale)
+        groups: list[dict[str, Any]] = [{"params": [s], "lr": self.lr * float(s.detach().mean())} for s in scales]
+        return _LearningScales(groups, temporaries, cosine=True, scales=scales)
 
 
 @final
@@ -209,14 +272,15 @@ class Borders(Learner):
 
     Attributes:
         lr: Learning rate of Adam.
-        warmup: Fraction of the iterations in which activations are not rounded.
+        warmup: Fraction of the iterations in which activations are not rounded; rounding then enters by degrees. None
+            rounds from the start, for borders that have learned before.
 
     Source:
         Li et al. 2022 (AQuant), arXiv:2208.11945, appendix B.
     """
 
     lr: float = 1e-3
-    warmup: float = 0.2
+    warmup: float | None = 0.2
 
     def begin(self, unit: nn.Module) -> Learning:
         """Let every border in the unit learn."""
@@ -230,10 +294,12 @@ class Borders(Learner):
             border = quantizer.rounding
             border.requires_grad_(True)
             parameters += list(border.parameters())
+            if self.warmup is None:
+                continue
             quantizer.rounding = gradual = Gradual(border)
             temporaries.append(Temporary(quantizer, "rounding", gradual, partial(_itself, border)))
         groups = [{"params": parameters, "lr": self.lr}] if parameters else []
-        return _LearningBorders(groups, temporaries, warmup=self.warmup)
+        return _LearningBorders(groups, temporaries, warmup=self.warmup or 0.0)
 
 
 @dataclasses.dataclass

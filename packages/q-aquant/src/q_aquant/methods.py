@@ -18,7 +18,8 @@ from q_aquant.losses import PowerLoss
 from q_aquant.placement import InputPlacement, OutputPlacement, Placement
 from q_aquant.plan import Plan, UnitLog, pace
 from q_aquant.reconstruct import finished, with_borders
-from q_aquant.setup import Bits, Options, Setup
+from q_aquant.setup import Bits, Options, Setup, with_options
+from q_aquant.starts import ClosedForm
 from q_aquant.units import Units
 from q_core.methods import FLOAT_BITS, Quantized
 from q_core.swap import SwapReport
@@ -75,6 +76,7 @@ def two_stages(
     return Reconstructed(finished(twin), _joined(weights, report), calibration, setup.units, placement, logs)
 
 
+@with_options
 def rounding(
     model: nn.Module,
     batches: Iterable[Any],
@@ -82,7 +84,7 @@ def rounding(
     weight_bits: int = 4,
     activation_bits: int = 4,
     edge_bits: int = 8,
-    placement: Placement | None = None,
+    placement: Placement = InputPlacement(),
     **options: Any,
 ) -> Reconstructed:
     """Round weights and activations to nearest, on the grids that the other methods start from.
@@ -93,7 +95,7 @@ def rounding(
         weight_bits: Bits of the weights, 1 to 8, or 32.
         activation_bits: Bits of the activations, 1 to 8, or 32.
         edge_bits: Least bits of the first and the last layer.
-        placement: Where activations are quantized; at inputs when None.
+        placement: Where activations are quantized.
         **options: See `q_aquant.setup.Options`.
 
     Returns:
@@ -106,12 +108,12 @@ def rounding(
     Source:
         Grids as Wei et al. 2022 (QDrop), arXiv:2203.05740, releases them: weights per channel with a zero point.
     """
-    place = placement or InputPlacement()
     setup = Setup.of(model, batches, Bits(weight_bits, activation_bits, edge_bits), Options(**options))
-    twin, report, calibration = setup.quantize(setup.model, place, weights=True, activations=True)
-    return Reconstructed(finished(twin), report, calibration, setup.units, place, ())
+    twin, report, calibration = setup.quantize(setup.model, placement, weights=True, activations=True)
+    return Reconstructed(finished(twin), report, calibration, setup.units, placement, ())
 
 
+@with_options
 def adaround(
     model: nn.Module,
     batches: Iterable[Any],
@@ -148,6 +150,7 @@ def adaround(
     return two_stages(model, batches, bits, (plan, None), layerwise=True, **options)
 
 
+@with_options
 def brecq(
     model: nn.Module,
     batches: Iterable[Any],
@@ -188,6 +191,7 @@ def brecq(
     return two_stages(model, batches, bits, (weights, scales), **options)
 
 
+@with_options
 def qdrop(
     model: nn.Module,
     batches: Iterable[Any],
@@ -196,7 +200,7 @@ def qdrop(
     activation_bits: int = 4,
     edge_bits: int = 8,
     iterations: int = 20_000,
-    placement: Placement | None = None,
+    placement: Placement = OutputPlacement(),
     **options: Any,
 ) -> Reconstructed:
     """Learn weights and scales together, while half of the activations drop their quantization at random.
@@ -208,7 +212,7 @@ def qdrop(
         activation_bits: Bits of the activations, 1 to 8, or 32.
         edge_bits: Least bits of the first and the last layer.
         iterations: Steps for each block.
-        placement: Where activations are quantized; at outputs, as published, when None.
+        placement: Where activations are quantized; at outputs, as published, unless given.
         **options: See `q_aquant.setup.Options`.
 
     Returns:
@@ -224,9 +228,10 @@ def qdrop(
     learners = (WeightRounding(), ActivationScales())
     plan = Plan(learners, mixing=0.5, drop=0.5, iterations=iterations, pace=pace(iterations))
     bits = Bits(weight_bits, activation_bits, edge_bits)
-    return one_stage(model, batches, bits, plan, placement or OutputPlacement(), **options)
+    return one_stage(model, batches, bits, plan, placement, **options)
 
 
+@with_options
 def aquant(
     model: nn.Module,
     batches: Iterable[Any],
@@ -235,7 +240,7 @@ def aquant(
     activation_bits: int = 4,
     edge_bits: int = 8,
     iterations: int = 20_000,
-    form: Form | None = None,
+    form: Form = ElementBorder(),
     **options: Any,
 ) -> Reconstructed:
     """Learn weights, scales and rounding borders together; every layer quantizes its own input.
@@ -247,7 +252,7 @@ def aquant(
         activation_bits: Bits of the activations, 1 to 8, or 32.
         edge_bits: Least bits of the first and the last layer; with 8 they round to nearest.
         iterations: Steps for each block.
-        form: Which elements share a border; a quadratic one for every element when None.
+        form: Which elements share a border; by default every element has a quadratic one of its own.
         **options: See `q_aquant.setup.Options`.
 
     Returns:
@@ -262,11 +267,48 @@ def aquant(
     """
     weights = WeightRounding(lr=3e-3, penalty=0.05, beta=(16.0, 2.0))
     learners = (weights, ActivationScales(), Borders())
-    plan = Plan(learners, form=form or ElementBorder(), mixing=0.5, iterations=iterations, pace=pace(iterations))
+    plan = Plan(learners, form=form, mixing=0.5, iterations=iterations, pace=pace(iterations))
     bits = Bits(weight_bits, activation_bits, edge_bits)
     return one_stage(model, batches, bits, plan, InputPlacement(), **options)
 
 
+@with_options
+def aquant_closed_form(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    weight_bits: int = 4,
+    activation_bits: int = 4,
+    edge_bits: int = 8,
+    form: Form = ElementBorder(),
+    **options: Any,
+) -> Reconstructed:
+    """Round weights to nearest and activations by the borders of the formula; no step of gradient descent is taken.
+
+    Args:
+        model: The float model. Not changed.
+        batches: Calibration data, as `q_core.calibrate` takes it; labels are not used.
+        weight_bits: Bits of the weights, 1 to 8, or 32.
+        activation_bits: Bits of the activations, 1 to 8, or 32.
+        edge_bits: Least bits of the first and the last layer; with 8 they round to nearest.
+        form: Which elements share a border; by default every element has a quadratic one of its own.
+        **options: See `q_aquant.setup.Options`.
+
+    Returns:
+        The quantized model and the reports.
+
+    Raises:
+        DataError: There are fewer images than a batch.
+        SpecError: Bits that are neither 1 to 8 nor 32.
+
+    Source:
+        See `q_aquant.starts.ClosedForm`.
+    """
+    plan = Plan((), form=form, start=ClosedForm())
+    return one_stage(model, batches, Bits(weight_bits, activation_bits, edge_bits), plan, InputPlacement(), **options)
+
+
+@with_options
 def a_rounding(
     model: nn.Module,
     batches: Iterable[Any],

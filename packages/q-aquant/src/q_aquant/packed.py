@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from q_aquant.border import FusedBorder, LearnedBorder
 from q_aquant.drop import RandomDrop
 from q_aquant.layers import PatchConv2d, convolve_patches, pad_input
+from q_aquant.thresholds import ThresholdRounding
 from q_core.checkpoint import describe, rebuild
 from q_core.errors import FormatError, StateError
 from q_core.layers import conv_arguments
@@ -59,18 +60,19 @@ def adopt(bare: _Conv, layer: nn.Conv2d, packed_weight: PackedTensor | None) -> 
         bare.weight = weight
     if bias is not None:
         bare.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    bare.packed_weight = packed_weight
+    setattr(bare, "packed_weight", packed_weight)  # noqa: B010 - the type of the layer declares it
     return bare.train(layer.training)
 
 
 def border_bits(model: nn.Module) -> int:
-    """Count the bits that the borders of a model take: coefficients, and weights of fused borders.
+    """Count the bits that the borders of a model take: coefficients, weights of fused borders, or thresholds.
 
     Args:
         model: A packed model, or one before.
     """
-    borders = [module for module in model.modules() if isinstance(module, LearnedBorder | FusedBorder)]
-    tensors = {id(tensor): tensor for border in borders for tensor in border.parameters()}
+    kinds = LearnedBorder | FusedBorder | ThresholdRounding
+    borders = [module for module in model.modules() if isinstance(module, kinds)]
+    tensors = {id(tensor): tensor for border in borders for tensor in [*border.parameters(), *border.buffers()]}
     return sum(tensor.numel() * tensor.element_size() * 8 for tensor in tensors.values())
 
 

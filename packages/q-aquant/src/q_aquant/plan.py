@@ -9,6 +9,7 @@ from q_aquant.caches import InHostMemory, Storage
 from q_aquant.forms import Form
 from q_aquant.learners import Learner
 from q_aquant.losses import Loss, PowerLoss
+from q_aquant.starts import Start
 from q_core.errors import SpecError
 
 
@@ -19,6 +20,7 @@ class Plan:
     Attributes:
         learners: What learns.
         form: How activations get borders; None leaves them with nearest rounding.
+        start: What sets the borders before they learn, or instead; None starts from one half.
         mixing: Probability that an element of the input of a unit is that of the quantized network, in [0, 1]: 1 is
             AdaRound's and BRECQ's input, 0.5 QDrop's.
         drop: Probability that an element is quantized at the quantizers inside a unit, in (0, 1]: 0.5 is QDrop's.
@@ -35,6 +37,7 @@ class Plan:
 
     learners: tuple[Learner, ...]
     form: Form | None = None
+    start: Start | None = None
     mixing: float = 1.0
     drop: float = 1.0
     loss: Loss = dataclasses.field(default_factory=PowerLoss)
@@ -101,12 +104,13 @@ class UnitLog:
         path: Path of the unit.
         kind: Name of its class.
         learned: Number of values that learned.
-        start: Held-out error of the unit with nearest rounding.
+        start: Held-out error of the unit as it came: with nearest rounding, in the first stage of a method.
         error: Held-out error of what was kept.
-        best: Step after which the kept values were reached; 0 for nearest rounding.
+        best: Step after which the kept values were reached; 0 for the unit as it came, or as `Plan.start` made it.
         looks: The evaluations.
         seconds: Wall time.
-        outcome: `learned`, `nothing to learn`, `no better than nearest`, or why learning was stopped.
+        outcome: `learned`, `start kept` for what `Plan.start` made, `nothing to learn`, `no better than nearest`, or
+            why learning was stopped.
     """
 
     path: str

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from q_core.errors import RangeError, ShapeError
@@ -57,6 +57,83 @@ class FixedRounding(Rounding):
 
 
 @final
+class FixedCodes(Rounding):
+    """For every element of one tensor, the code it has, wherever it lies.
+
+    What is left when scales learned on codes that stayed: with the scale that was learned, an element need no longer
+    be next to its level.
+
+    Args:
+        codes: Integral code coordinates, real zero at 0, in -32768 to 32767. Shape of the tensor they were made for.
+
+    Gradient:
+        1 everywhere (straight-through).
+    """
+
+    def __init__(self, codes: Shaped[Tensor, "*shape"]) -> None:
+        super().__init__()
+        self.codes: Tensor
+        self.register_buffer("codes", codes.detach().round().to(torch.int16))
+
+    def forward(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return the codes, whatever `u` is.
+
+        Raises:
+            ShapeError: `u` has another shape than the tensor this rounding was made for.
+        """
+        _check_shape(u, self.codes)
+        return straight_through(self.codes.to(u.dtype), u)
+
+    def facts(self) -> dict[str, Any]:
+        """Return the shape of the tensor they were made for."""
+        return {"shape": list(self.codes.shape)}
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> "FixedCodes":
+        """Return one whose codes are all zero."""
+        return cls(torch.zeros(facts["shape"], dtype=torch.int16))
+
+
+@final
+class Anchored(Rounding):
+    """A rounding that sees its tensor where it was, whatever became of the scale since.
+
+    So the codes do not depend on the scale, and the scale can learn with a gradient that is exact: the code itself.
+
+    Args:
+        rounding: Any rounding.
+        coordinate: Code coordinate of the tensor at the scale of the start.
+
+    Gradient:
+        None to `u`. To the parameters of the rounding: its own.
+
+    Source:
+        Jeon et al. 2023 (Genie), arXiv:2303.13109: weights whose scale learns while what rounds down stays.
+    """
+
+    def __init__(self, rounding: Rounding, coordinate: Float[Tensor, "*shape"]) -> None:
+        super().__init__()
+        self.rounding = rounding
+        self.coordinate: Tensor
+        self.register_buffer("coordinate", coordinate.detach().clone(), persistent=False)
+
+    def forward(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Round the coordinate of the start.
+
+        Raises:
+            ShapeError: `u` has another shape than the tensor this rounding was made for.
+        """
+        _check_shape(u, self.coordinate)
+        rounded: Tensor = self.rounding(self.coordinate)
+        return rounded.to(u.dtype)
+
+    def settled(self) -> FixedCodes:
+        """Return the codes as they are."""
+        with torch.no_grad():
+            return FixedCodes(self.rounding(self.coordinate))
+
+
+@final
 class LearnedRounding(Rounding):
     r"""The soft rounding of AdaRound: $\lfloor u \rfloor + h(V)$ with $h(V) = clip(1.2\,\sigma(V) - 0.1, 0, 1)$.
 
@@ -84,10 +161,18 @@ class LearnedRounding(Rounding):
         self.logit = nn.Parameter(torch.log(inner / (1 - inner)))
 
     @classmethod
-    def of(cls, u: Float[Tensor, "*shape"]) -> "LearnedRounding":
-        """Start from the code coordinate of a tensor."""
+    def of(cls, u: Float[Tensor, "*shape"], decided: FixedRounding | None = None) -> "LearnedRounding":
+        """Start from the code coordinate of a tensor, or half-way from there to what was decided before.
+
+        Args:
+            u: Code coordinate.
+            decided: What hardening gives at the start; None for the nearest code.
+        """
+        fraction = u - torch.floor(u)
+        if decided is not None:
+            fraction = (fraction + decided.up) / 2
         # What lies just below an integer is 1 above the integer before it, once the difference is rounded.
-        return cls((u - torch.floor(u)).clamp(max=1 - torch.finfo(u.dtype).eps / 2))
+        return cls(fraction.clamp(max=1 - torch.finfo(u.dtype).eps / 2))
 
     def share(self) -> Float[Tensor, "*shape"]:
         """Return $h(V)$: how far each element goes up, in [0, 1]."""

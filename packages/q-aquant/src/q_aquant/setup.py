@@ -1,13 +1,14 @@
 """From a float model and batches to images, units and quantizers that round to nearest: where every method starts."""
 
 import dataclasses
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from q_core.swap import SwapReport, swap
 from q_core.trace import fold_batchnorm, idle
 
 _BATCH = 128
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +62,21 @@ class Options:
     journal: str | os.PathLike[str] | None = None
     storage: Any = None
     progress: bool = True
+
+
+def with_options(method: _Method) -> _Method:
+    """Show the fields of `Options` in the signature of a method that hands its `**options` on to them.
+
+    By the signature the command `q-quantize` knows what a method takes, and `help` shows it.
+    """
+    common = [
+        inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+        for field in dataclasses.fields(Options)
+    ]
+    signature = inspect.signature(method)
+    own = [each for each in signature.parameters.values() if each.kind is not inspect.Parameter.VAR_KEYWORD]
+    method.__signature__ = signature.replace(parameters=[*own, *common])  # type: ignore[attr-defined]
+    return method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +131,10 @@ class Setup:
             return swapped, report, CalibrationReport(0, (), {}, (), {})
         batches = torch.split(self.images, _BATCH)
         return swapped, report, calibrate(swapped, batches, progress=self.options.progress)
+
+    def whole(self) -> "Setup":
+        """Return the same with the whole network as the only unit."""
+        return dataclasses.replace(self, units=find_units(self.model, self.images[:2], blocks=("",)))
 
     def learn(self, quantized: nn.Module, plan: Plan, stage: str) -> tuple[nn.Module, tuple[UnitLog, ...]]:
         """Reconstruct a quantized model by a plan."""

@@ -5,8 +5,8 @@ The window of a kernel position, taken for all outputs at once, is the input shi
 $$ conv = \sum_{i, j} conv_{1 \times 1}\big(W[:, :, i, j],\ Q_{ij}(shift_{ij}(x))\big) $$
 
 with the quantizer $Q_{ij}$ of that kernel position. It takes as many products as before, holds one shifted input at a
-time, and consists of standard operators, which every runtime has. Here it is in reals, `ShiftedConv2d`, and in integers,
-`IntegerConv2d`. Both are for inference: no gradient flows to the input.
+time, and consists of standard operators, which every runtime has. Here it is in reals, `ShiftedConv2d`, and in
+integers, `IntegerConv2d`. Both are for inference: no gradient flows to the input.
 """
 
 from collections.abc import Iterator
@@ -60,14 +60,23 @@ class ShiftedConv2d(nn.Conv2d):
         bare.patch_quantizer = quantizer.frozen().train(layer.training)
         return bare
 
+    def unpacked(self) -> "ShiftedConv2d":
+        """Return the layer with its weight in reals, for an exporter that cannot express how codes are packed."""
+        bare = adopt(ShiftedConv2d(**conv_arguments(self), device="meta"), self, None)
+        if self.packed_weight is not None:
+            bare.weight = nn.Parameter(self.packed_weight(torch.float32), requires_grad=False)
+        bare.patch_quantizer = self.patch_quantizer
+        return bare
+
     def forward(self, x: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n o i j"]:
         """Add up the 1x1 convolutions of all kernel positions."""
         weight = self.weight if self.packed_weight is None else self.packed_weight(x.dtype)
         batch = pad_input(x if x.ndim == 4 else x.unsqueeze(0), self)
+        grid, _ = _parts(self.patch_quantizer)
         out: Tensor | None = None
         for position, steps in enumerate(position_steps(batch, self.patch_quantizer, self)):
             row, column = divmod(position, self.kernel_size[1])
-            levels = (steps * self.patch_quantizer.grid.scale).to(x.dtype)
+            levels = (steps * grid.scale.reshape(1)).to(x.dtype)
             part = F.conv2d(levels, weight[:, :, row : row + 1, column : column + 1], groups=self.groups)
             out = part if out is None else out + part
         if out is None:
@@ -120,7 +129,7 @@ class IntegerConv2d(nn.Conv2d):
         weight = getattr(packed, "packed_weight", None)
         if not isinstance(weight, PackedTensor):
             raise StateError("the weight is float: integers need a quantized one")
-        _check_integers(weight, quantizer.grid)
+        _check_integers(weight, one_scale(quantizer.grid))
         bare = adopt(cls(**conv_arguments(layer), device="meta"), packed, weight)
         bare.input_quantizer, bare.patches = quantizer.frozen().train(layer.training), patches
         return bare
@@ -130,8 +139,8 @@ class IntegerConv2d(nn.Conv2d):
 
         It multiplies int32 matrices, for which torch has no CUDA kernel.
         """
-        batch, weight = x if x.ndim == 4 else x.unsqueeze(0), self._weight()
-        codes, zero = weight.codes(), weight.grid.zero_point
+        batch, (weight, own) = x if x.ndim == 4 else x.unsqueeze(0), self._weight()
+        codes, zero = weight.codes(), own.zero_point
         matrices = codes.reshape(self.groups, len(codes) // self.groups, -1, codes[0, 0].numel())
         acc: Tensor | int = 0
         total: Tensor | int = 0
@@ -148,25 +157,26 @@ class IntegerConv2d(nn.Conv2d):
     def forward(self, x: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n o i j"]:
         """Return the accumulated integers in reals, with the bias."""
         acc = self.accumulate(x)
-        scale = (self._weight().grid.scale * self.input_quantizer.grid.scale.reshape(())).reshape(-1, 1, 1)
+        (_, own), (grid, _) = self._weight(), _parts(self.input_quantizer)
+        scale = (own.scale.flatten() * grid.scale.flatten()).reshape(-1, 1, 1)
         out = acc.to(scale.dtype) * scale
         return (out if self.bias is None else out + self.bias.reshape(-1, 1, 1)).to(x.dtype)
 
-    def _weight(self) -> PackedTensor:
-        if self.packed_weight is None:
-            raise StateError("the layer has no codes of a weight: make it with IntegerConv2d.from_layer")
-        return self.packed_weight
+    def _weight(self) -> tuple[PackedTensor, UniformGrid]:
+        weight = self.packed_weight
+        if weight is None or not isinstance(weight.grid, UniformGrid):
+            raise StateError("the layer has no integers as a weight: make it with IntegerConv2d.from_layer")
+        return weight, weight.grid
 
     def _steps(self, x: Tensor) -> Iterator[Tensor]:
         if self.patches:
             yield from position_steps(pad_input(x, self), self.input_quantizer, self)
             return
-        grid, rounding = self.input_quantizer.grid, self.input_quantizer.rounding
+        grid, rounding = _parts(self.input_quantizer)
         with torch.no_grad():
             rounded = rounding(_coordinate(x, grid))
         steps = pad_input(_clamp_to_codes(rounded, grid), self)
-        for window in windows(steps, self):
-            yield window
+        yield from windows(steps, self)
 
 
 def windows(x: Float[Tensor, "n c h w"], layer: nn.Conv2d) -> Iterator[Float[Tensor, "n c i j"]]:
@@ -189,7 +199,7 @@ def position_steps(
     Raises:
         StateError: The rounding is none that works position by position.
     """
-    grid, rounding = quantizer.grid, quantizer.rounding
+    grid, rounding = _parts(quantizer)
     u = _coordinate(x, grid)
     for rounded in _rounded(u, rounding, layer):
         yield _clamp_to_codes(rounded, grid)
@@ -288,6 +298,11 @@ def _quantizer(slot: nn.Module) -> Quantizer:
         raise StateError(f"the input goes through a {type(slot).__name__}: only a quantized one has codes")
     one_scale(slot.grid)
     return slot
+
+
+def _parts(slot: nn.Module) -> tuple[UniformGrid, Rounding]:
+    quantizer = _quantizer(slot)
+    return one_scale(quantizer.grid), quantizer.rounding
 
 
 def _check_integers(weight: PackedTensor, grid: UniformGrid) -> None:

@@ -38,7 +38,7 @@ _STEEPNESS: Mapping[Bound, float] = {rectified: 1.0, unclipped: 1.0, steep: SLOP
 r"""Of each bound: $m$, where its slope is at most that of a sigmoid, $2.5\,\sigma(mz)(1 - \sigma(mz))$."""
 
 _REACH = 2.0
-"""No bound reaches from one level beyond the next but one: whether u is above level k is open in (k - 1, k + 2) only."""
+"""Whether u is above level k is open only from k - 1 to k + 2, because no bound goes below -1 or above 2."""
 
 _HALVINGS = 24
 """How often an interval is halved before what is in it counts as inseparable: to 2e-7 of a step, like float32."""
@@ -218,8 +218,8 @@ def one_scale(grid: Any) -> UniformGrid:
     """
     if not isinstance(grid, UniformGrid) or grid.scale.numel() != 1:
         raise SpecError(
-            f"activations on a {type(grid).__name__} of tiles {grid.tile_shape}: a border is deployed on a uniform grid "
-            "with one scale for the whole tensor"
+            f"activations on a {type(grid).__name__} of tiles {grid.tile_shape}: a border is deployed on a uniform "
+            "grid with one scale for the whole tensor"
         )
     return grid
 
@@ -231,10 +231,14 @@ def _flattened(rounding: Rounding) -> tuple[Callable[[Tensor], Tensor], tuple[in
         return WarpedRounding(flat), index  # type: ignore[arg-type]
     if isinstance(rounding, ThresholdRounding):
         thresholds = rounding.thresholds
-        return ThresholdRounding(thresholds.flatten(1).unsqueeze(2), low=rounding.low), tuple(thresholds.shape[1:])
+        return ThresholdRounding(thresholds.reshape(len(thresholds), -1, 1), low=rounding.low), tuple(
+            thresholds.shape[1:]
+        )
     if isinstance(rounding, LearnedBorder):
         border, coefficients = rounding, rounding.coefficients
-        flat = LearnedBorder(coefficients.flatten(1).unsqueeze(2), low=border.low, high=border.high, bound=border.bound)
+        flat = LearnedBorder(
+            coefficients.reshape(len(coefficients), -1, 1), low=border.low, high=border.high, bound=border.bound
+        )
         return flat, tuple(coefficients.shape[1:])
     raise StateError(
         f"a {type(rounding).__name__} rounds no element by itself: a table needs a border of every element or channel"
@@ -259,7 +263,7 @@ def _thresholds(border: LearnedBorder) -> Float[Tensor, "..."]:
     if not bool(own.isfinite().all()):
         raise RangeError(f"{int((~own.isfinite()).sum())} coefficients of the border are not finite: learn it again")
     index = tuple(own.shape[1:])
-    coefficients = own.double().flatten(1)
+    coefficients = own.double().reshape(len(own), -1)
     levels = torch.arange(round(border.low), round(border.high), dtype=torch.float64, device=own.device)
     shape = (len(levels), coefficients.shape[1])
     problem = _Problem(border, coefficients, levels.repeat_interleave(shape[1]), index)
@@ -299,7 +303,7 @@ class _Problem:
         end_above = torch.full_like(self.levels, torch.inf)
         work = [
             (part, (self.levels[part] - 1).clamp(min=self.low), (self.levels[part] + _REACH).clamp(max=self.high))
-            for part in which.split(_PIECES)
+            for part in torch.split(which, _PIECES)
         ]
         for _ in range(_HALVINGS):
             halved = []
@@ -312,16 +316,16 @@ class _Problem:
                 part, a, b = part[~settled], a[~settled], b[~settled]
                 middle = (a + b) / 2
                 both = torch.cat([part, part]), torch.cat([a, middle]), torch.cat([middle, b])
-                halved += list(zip(*(tensor.split(_PIECES) for tensor in both), strict=True))
+                halved += list(zip(*(torch.split(tensor, _PIECES) for tensor in both), strict=True))
             work = [piece for piece in halved if len(piece[0])]
             if not work or len(work) > _MOST_PIECES:
                 break
-        for part, a, b in work:
-            self._refuse(int(part[0]), float(a[0]), float(b[0]), "touches")
-        bad = (first_above < last_below).nonzero()
-        if len(bad):
-            first = int(bad[0])
-            self._refuse(first, float(first_above[first]), float(last_below[first]), "crosses", len(bad))
+        refused = first_above < last_below
+        for part, a, _ in work:  # never settled: a crossing downwards, or two that are next to one another
+            refused[part] = True
+            first_above.scatter_reduce_(0, part, a, "amin")
+        if bool(refused.any()):
+            self._refuse(refused, first_above)
         return last_below, end_above
 
     def _look(self, which: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -347,8 +351,8 @@ class _Problem:
         which = (left.isfinite() & right.isfinite()).nonzero().squeeze(1)
         thresholds = torch.where(left.isfinite(), torch.inf, -torch.inf).to(left.dtype)
         a, b = left[which], right[which]
-        # A border that is clipped passes a level at an integer, which halving would only come near to. Then 80 halves of
-        # an interval 3 wide, until float64 has nothing in between, or next to nothing around zero.
+        # A border that is clipped passes a level at an integer, which halving would only come near to. Then 80 halves
+        # of an interval 3 wide, until float64 has nothing in between, or next to nothing around zero.
         for step in range(82):
             middle = (self.levels[which] + step).clamp(a, b) if step < 2 else (a + b) / 2
             up = self.passes(middle, which)
@@ -364,20 +368,21 @@ class _Problem:
         thresholds[which] = found
         return thresholds
 
-    def _refuse(self, problem: int, a: float, b: float, does: str, count: int = 1) -> None:
-        elements = self.coefficients.shape[1]
-        place, element = [], problem % elements
+    def _refuse(self, refused: Tensor, near: Tensor) -> None:
+        problem, elements = int(refused.nonzero()[0]), self.coefficients.shape[1]
+        place: list[int] = []
+        element = problem % elements
         for size in reversed(self.index):
             place.insert(0, element % size)
             element //= size
-        names = ("channel", "kernel position", "output position") if len(self.index) == 3 else ("feature",)
+        names = ("channel", "kernel position") if len(self.index) == 3 else ("feature",)
         where = ", ".join(f"{name} {at}" for name, at in zip(names, place, strict=False)) or "all elements"
         values = ", ".join(f"{value:.4g}" for value in self.coefficients[:, problem % elements].tolist())
-        again = f" (the first of {count} such levels)" if count > 1 else ""
         raise RangeError(
-            f"the border of {where}, coefficients ({values}), {does} level {float(self.levels[problem]):g} more than "
-            f"once between {a:.6g} and {b:.6g}, in steps{again}: no threshold has its codes; deploy it by a warp or by "
-            "shifted convolutions, or learn a border of degree 1 or with a smaller learning rate"
+            f"the border of {where}, coefficients ({values}), passes level {float(self.levels[problem]):g} more than "
+            f"once or nearly so, near {float(near[problem]):.6g} steps, the first of {int(refused.sum())} such among "
+            f"{len(refused)} levels of {elements} borders: no thresholds have their codes; deploy the layer by a warp "
+            "or by shifted convolutions, or learn flatter borders"
         )
 
 

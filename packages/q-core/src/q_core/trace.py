@@ -116,11 +116,12 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 
 
 def _check_equal(model: nn.Module, folded: nn.Module, example: Any, count: int) -> None:
-    # The folded weights were rounded to the dtype of the model, which sets the error that is allowed.
+    # The folded weights were rounded to the dtype of the model, which sets the error that is allowed. Every fold adds
+    # one of its own, and the layers after it amplify it: 170 units of 2**-23 in all were seen behind 80 folds.
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     try:
         expected, actual = (_output(each, example, torch.float64) for each in (model, folded))
-        tolerance = max(1e-5, 8 * torch.finfo(dtype).eps)
+        tolerance = max(1e-5, min(0.25, 8 * count * torch.finfo(dtype).eps))
     except Exception:
         # A forward that casts, a device without float64, no memory: compute as the model does. A fault of the model's
         # own comes up again here.

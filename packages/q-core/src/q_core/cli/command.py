@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from torch import nn
 
-from q_core.cli import sources
+from q_core.cli import keywords, sources
 from q_core.cli.job import Configuration, Job, run, say
 from q_core.cli.rows import float_parts
 from q_core.cli.sources import Channels, Images, Preparation
@@ -36,10 +36,14 @@ class Options:
             batches). The file is run.
         data_dir: Folder in which torchvision keeps CIFAR.
         download: Fetch CIFAR into --data-dir if it is not there.
-        method: How to quantize; installed packages bring methods.
+        method: How to quantize; installed packages bring methods. Or FILE.py:FUNCTION, where the function has the
+            signature of q_core.nearest. The file is run.
         weight_bits: Bits of the weights.
         activation_bits: Bits of the layer inputs.
         edge_bits: Least bits of the first and the last layer.
+        iterations: Steps for each unit, of a method that learns; as published unless given.
+        journal: Folder in which a method that learns keeps what it has finished. The same command goes on from there.
+        option: A further keyword of the method as NAME=VALUE; can be given several times.
         samples: Images to calibrate with.
         batch_size: Images in a batch.
         seed: Seed of everything random.
@@ -63,6 +67,9 @@ class Options:
     weight_bits: int = 8
     activation_bits: int = 8
     edge_bits: int = 8
+    iterations: int | None = None
+    journal: Path | None = None
+    option: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     samples: int = 1024
     batch_size: int = 64
     seed: int = 0
@@ -94,20 +101,26 @@ def execute(arguments: list[str]) -> int:
 def _execute(options: Options, command: str) -> None:
     _check(options)
     method, package = sources.method(options.method)
+    keyword_arguments = {
+        "edge_bits": options.edge_bits,
+        **keywords.flag(options.method, method, "iterations", options.iterations),
+        **keywords.flag(options.method, method, "journal", options.journal),
+        **keywords.read(options.method, method, options.option),
+    }
     model = sources.model(options.model, options.weights)
     network = options.model.removeprefix(sources.TORCHVISION)
     say(f"{'model':<16}{network}, {sum(p.numel() for p in model.parameters()):,} parameters")
     images = _images(options)
     say(f"{'images':<16}{images.name}, {', '.join(f'{key}: {value}' for key, value in images.settings.items())}")
     configuration = Configuration(
-        options.method, method, options.weight_bits, options.activation_bits, {"edge_bits": options.edge_bits}
+        Path(options.method).name, method, options.weight_bits, options.activation_bits, keyword_arguments
     )
     if options.dry_run:
         _dry_run(model, images, configuration)
         return
     if options.out is None:
         raise SpecError("--out is missing: give a folder for the results, or --dry-run")
-    settings = {"weights": options.weights and options.weights.name, "batch_size": options.batch_size}
+    settings = {"weights": options.weights and options.weights.name, "loader_batch_size": options.batch_size}
     job = Job(
         network=Path(network).name,
         dataset=images.name,
@@ -129,8 +142,8 @@ def _check(options: Options) -> None:
         bits = getattr(options, name)
         if bits != FLOAT_BITS and not 1 <= bits <= MAX_BITS:
             raise SpecError(f"{_flag(name)} {bits}: supported are 1 to {MAX_BITS}, or {FLOAT_BITS} for float")
-    for name in ("samples", "batch_size", "resize", "crop"):
-        if getattr(options, name) < 1:
+    for name in ("iterations", "samples", "batch_size", "resize", "crop"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
             raise SpecError(f"{_flag(name)} {getattr(options, name)}: it must be at least 1")
     if (options.mean is None) != (options.std is None):
         raise SpecError("one of --mean and --std is given: give both or neither")
@@ -169,7 +182,8 @@ def _images(options: Options) -> Images:
 
 
 def _dry_run(model: nn.Module, images: Images, configuration: Configuration) -> None:
-    # Only the method knows what it swaps, so it is run, on two images: what it would learn from them is thrown away.
+    # Only the method knows what it swaps, so it is run, on two images and with one step if it learns: what it would
+    # learn from them is thrown away.
     example, _ = first_batch(images.calibration)
     quantized = configuration.method(
         model,
@@ -177,7 +191,7 @@ def _dry_run(model: nn.Module, images: Images, configuration: Configuration) -> 
         weight_bits=configuration.weight_bits,
         activation_bits=configuration.activation_bits,
         progress=False,
-        **configuration.options,
+        **{**configuration.options, **keywords.least(configuration.method)},
     )
     say(f"{configuration.name} {configuration.bits} would swap {len(quantized.swap.swapped)} layers")
     say(str(quantized.swap))

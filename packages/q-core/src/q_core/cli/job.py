@@ -6,9 +6,9 @@ The command `q-quantize` and the quickstart differ in where model and images com
 
 import contextlib
 import dataclasses
-import inspect
 import json
 import os
+import re
 import sys
 import tempfile
 import time
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from q_core.analysis import Distribution, LayerError, compare, distributions, norm_paths
 from q_core.calibrate import evaluation, feed
 from q_core.checkpoint import load_packed, save_packed
+from q_core.cli.keywords import taken
 from q_core.cli.report import MEASURED, Chapter, LayerView, TableRow, render_chapters
 from q_core.cli.rows import TOP1, AccuracyRow, Environment, environment, float_parts, state_sha256
 from q_core.errors import DataError, QuantizationError, SpecError, StateError
@@ -48,7 +49,8 @@ class Configuration:
 
     Attributes:
         name: Name of the method.
-        method: Makes the quantized model; has the signature of `q_core.nearest`.
+        method: Makes the quantized model; has the signature of `q_core.nearest`. One that takes a `seed` gets that of
+            the job.
         weight_bits: Bits of the weights of the inner layers.
         activation_bits: Bits of the activations of the inner layers.
         options: Further keyword arguments of the method.
@@ -196,6 +198,7 @@ def _measure(job: Job, configuration: Configuration, file: Path, say: Say) -> tu
         job.calibration,
         weight_bits=configuration.weight_bits,
         activation_bits=configuration.activation_bits,
+        **_seed(job, configuration),
         **configuration.options,
     )
     seconds = time.perf_counter() - start
@@ -326,22 +329,27 @@ def _file_name(job: Job, configuration: Configuration) -> str:
     return f"{configuration.name}-{configuration.bits}.safetensors"
 
 
+def _seed(job: Job, configuration: Configuration) -> dict[str, int]:
+    """The seed of the job, for a method that draws from generators of its own."""
+    wants = "seed" in taken(configuration.method) and "seed" not in configuration.options
+    return {"seed": job.seed} if wants else {}
+
+
 def _effective(configuration: Configuration) -> dict[str, Any]:
     """The options of a method as it ran, with its own defaults: a row must not depend on what the defaults become."""
-    defaults = {
-        parameter.name: parameter.default
-        for parameter in inspect.signature(configuration.method).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty
-    }
-    elsewhere = ("weight_bits", "activation_bits", "progress")
+    parameters = taken(configuration.method)
+    defaults = {key: each.default for key, each in parameters.items() if each.default is not each.empty}
+    # The bits and the seed have columns of their own; how progress is shown and kept changes no result.
+    elsewhere = ("weight_bits", "activation_bits", "seed", "progress", "journal")
     return {key: value for key, value in {**defaults, **configuration.options}.items() if key not in elsewhere}
 
 
 def _plain(value: Any) -> Any:
     """What JSON can hold of an option: numbers and texts as they are, anything else by its name."""
-    return (
-        value if isinstance(value, (bool, int, float, str)) or value is None else getattr(value, "__name__", str(value))
-    )
+    if isinstance(value, (bool, int, float, str)) or value is None:
+        return value
+    # Where a function lies in memory is no fact about the run.
+    return re.sub(r"<function (\S+) at 0x[0-9a-f]+>", r"\1", getattr(value, "__name__", str(value)))
 
 
 def _percent(correct: int, samples: int) -> str:

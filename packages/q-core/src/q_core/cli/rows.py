@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 import q_core
-from q_core.layers import SLOT_SUFFIX, slots
-from q_core.swap import SwapReport
+from q_core.layers import SLOT_SUFFIX, QuantUnit, slots
+from q_core.swap import SwapReport, plain_path
 
 TOP1 = "top1_percent"
 """Metric of every classification row: correct images of all images, in percent."""
@@ -152,14 +152,24 @@ def float_parts(model: nn.Module, report: SwapReport) -> tuple[str, ...]:
         report: What was swapped.
 
     Returns:
-        Modules that were left alone, slots that were left empty, and what no module shows.
+        Modules that were left alone, slots that were left empty, and what no module shows. An empty slot of an input
+        that the report gives bits to is not among them: the tensor is quantized where it is made.
     """
     parts = [f"{layer.path or 'the model'} ({layer.kind}): {layer.reason}" for layer in report.stays_float]
+    places = _places(model)
     for layer in report.swapped:
-        for name, child, _ in slots(model.get_submodule(layer.path)):
-            if isinstance(child, nn.Identity):
+        for name, child, parameter in slots(places[layer.path]):
+            moved = parameter is None and layer.input is not None and name == f"input{SLOT_SUFFIX}"
+            if isinstance(child, nn.Identity) and not moved:
                 parts.append(f"{layer.path or 'the model'} ({layer.kind}): its {name.removesuffix(SLOT_SUFFIX)}")
     return (*parts, *_UNSEEN)
+
+
+def _places(model: nn.Module) -> dict[str, nn.Module]:
+    """Name every module as it is, and as if no method had put units around parts after the report was made."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    bare = {plain_path(model, path): module for path, module in modules.items() if not isinstance(module, QuantUnit)}
+    return modules | bare
 
 
 def source_commit(file: Path) -> str | None:

@@ -1,12 +1,14 @@
-"""Where the command finds a model, its weights and images.
+"""Where the command finds a model, its weights, images and a method.
 
 A model is a name of torchvision or a function in a Python file; images are folders, a data set of torchvision, or again
-a function. torchvision is imported only when asked for. A Python file that is named is run: it is the user's own.
+a function; a method is one that an installed package registers, or a function. torchvision is imported only when asked
+for. A Python file that is named is run: it is the user's own.
 """
 
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -80,12 +82,17 @@ class Preparation:
 def method(name: str) -> tuple[Callable[..., Quantized], tuple[str, ...]]:
     """Find a method among those that installed packages register under the entry-point group `q_core.methods`.
 
+    Args:
+        name: Its name there, or `FILE.py:FUNCTION` for a function with the signature of `q_core.nearest`.
+
     Returns:
         The method, and the distribution it comes from, if it comes from one.
 
     Raises:
-        MatchError: No installed package has this method.
+        MatchError: No installed package has this method; there is no such file or function.
     """
+    if ":" in name:
+        return _function(name, "--method"), ()
     found = {entry.name: entry for entry in metadata.entry_points(group=METHODS)}
     if name in found:
         package = found[name].dist
@@ -286,7 +293,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _function(source: str, option: str) -> Callable[[], Any]:
+def _function(source: str, option: str) -> Callable[..., Any]:
     file, separator, name = source.rpartition(":")
     if not separator or not file.endswith(".py"):
         raise SpecError(f"{option} {source}: expected FILE.py:FUNCTION" + _OTHERS[option])
@@ -299,14 +306,19 @@ def _function(source: str, option: str) -> Callable[[], Any]:
         known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise MatchError(f"{option} {source}: {path.name} has no function {name!r}{_hint(name, known)}")
 
-    def call() -> Any:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
         with _beside(path):
-            return function()
+            return function(*args, **kwargs)
 
     return call
 
 
-_OTHERS = {"--model": ", or torchvision:NAME such as torchvision:resnet18", "--data": ", cifar10 or cifar100"}
+_OTHERS = {
+    "--model": ", or torchvision:NAME such as torchvision:resnet18",
+    "--data": ", cifar10 or cifar100",
+    "--method": ", or the name of an installed method",
+}
 
 
 def _module(path: Path) -> Any:
