@@ -9,7 +9,7 @@ from q_core import Quantizer, UniformGrid
 
 def dropping(generator: torch.Generator) -> PatchConv2d:
     layer = PatchConv2d(2, 3, 3, padding=1, bias=False).double()
-    border = LearnedBorder.nearest((2, 9, 1), low=0, high=3)
+    border = LearnedBorder.nearest((2, 9, 1), low=0.0, high=3.0)
     quantizer = Quantizer(UniformGrid(torch.tensor([0.3]), qmin=0, qmax=3), border).double()
     layer.patch_quantizer = RandomDrop(quantizer, 0.5, Draws(generator))
     return layer
