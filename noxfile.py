@@ -25,6 +25,8 @@ DEV_TOOLS = ["nox[uv]", "ruff==0.17.6", "mypy", "import-linter", "scikit-learn",
 # Only what the session installed can be imported, so that an import of a sibling that is not declared fails.
 INSTALLED_ONLY = ["-o", "pythonpath=benchmarks"]
 TEST_TOOLS = ["pytest>=8.3", "hypothesis>=6.100", "beartype>=0.20"]
+# Networks on real digits; what the command needs, which q-core brings as an extra.
+OWN_TOOLS = {"q-core": ["scikit-learn>=1.5"], "q-aquant": ["matplotlib>=3.9", "tyro>=0.9"]}
 
 # uv does not read pip's setting, so a machine that keeps wheels on disk for pip keeps them for uv too.
 if "PIP_FIND_LINKS" in os.environ:
@@ -59,7 +61,7 @@ def install(session: nox.Session, *packages: str, tools: Sequence[str] = ()) -> 
 @nox.parametrize("package", PACKAGES, ids=PACKAGES)
 def tests(session: nox.Session, package: str) -> None:
     """Test one package, installed with only the siblings it declares."""
-    install(session, package, tools=[*TEST_TOOLS, *(["scikit-learn>=1.5"] if package == "q-core" else [])])
+    install(session, package, tools=[*TEST_TOOLS, *OWN_TOOLS.get(package, [])])
     hook = f"--jaxtyping-packages={module(package)},beartype.beartype"
     arguments = session.posargs or ["-m", "not compile and not zoo"]
     session.run("pytest", f"packages/{package}/tests", hook, *INSTALLED_ONLY, *arguments)
@@ -171,7 +173,13 @@ def zoo(session: nox.Session) -> None:
     session.run("pytest", "packages", "-m", "zoo", *session.posargs)
 
 
-ACCURACY = {"ptq": "ptq.py", "adder": "adder.py", "adder-deit": "adder_deit.py", "adder-qat": "adder_qat.py"}
+ACCURACY = {
+    "ptq": "ptq.py",
+    "adder": "adder.py",
+    "adder-deit": "adder_deit.py",
+    "adder-qat": "adder_qat.py",
+    "reconstruction": "reconstruction.py",
+}
 SPEED = {"quantizers": "run.py", "adder": "adder.py", "reconstruction": "reconstruction.py"}
 
 

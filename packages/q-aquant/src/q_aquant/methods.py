@@ -159,7 +159,7 @@ def brecq(
     activation_bits: int = 8,
     edge_bits: int = 8,
     iterations: int = 20_000,
-    activation_iterations: int = 5_000,
+    activation_iterations: int | None = None,
     **options: Any,
 ) -> Reconstructed:
     """Learn the rounding of weights block by block with float activations, then the scales of activations.
@@ -171,7 +171,7 @@ def brecq(
         activation_bits: Bits of the activations, 1 to 8, or 32.
         edge_bits: Least bits of the first and the last layer.
         iterations: Steps for the weights of each block.
-        activation_iterations: Steps for the scales of each block.
+        activation_iterations: Steps for the scales of each block; a quarter of `iterations`, as published, when None.
         **options: See `q_aquant.setup.Options`.
 
     Returns:
@@ -185,8 +185,8 @@ def brecq(
         Li et al. 2021 (BRECQ), arXiv:2102.05426; squared error instead of the Fisher weight, as released.
     """
     weights = Plan((WeightRounding(),), iterations=iterations, pace=pace(iterations))
-    scales = Plan((ActivationScales(lr=4e-4),), loss=PowerLoss(2.4), iterations=activation_iterations)
-    scales = dataclasses.replace(scales, pace=pace(activation_iterations, 5_000))
+    steps = max(1, iterations // 4) if activation_iterations is None else activation_iterations
+    scales = Plan((ActivationScales(lr=4e-4),), loss=PowerLoss(2.4), iterations=steps, pace=pace(steps, 5_000))
     bits = Bits(weight_bits, activation_bits, edge_bits)
     return two_stages(model, batches, bits, (weights, scales), **options)
 
