@@ -267,3 +267,11 @@ def test_an_ordinary_layer_computes_what_the_layer_on_patches_does(form) -> None
     settled = finished(patched)
     assert [type(module) for module in settled.modules()].count(PatchConv2d) < kinds
     torch.testing.assert_close(settled(data), expected, rtol=1e-5, atol=1e-5)  # the order of float32 sums
+
+
+def test_the_whole_model_can_be_the_unit_whose_input_is_quantized() -> None:
+    blocks = {"blocks": ("",), "placement": OutputPlacement(), "progress": False}
+    model = rounding(net(), [images()], weight_bits=4, activation_bits=4, **blocks).model
+    assert isinstance(model, QuantUnit)
+    assert isinstance(model.input_quantizer, Quantizer)
+    assert isinstance(model.body.stem.input_quantizer, nn.Identity)

@@ -352,9 +352,9 @@ def a_rounding(
 
 def _joined(weights: SwapReport, activations: SwapReport) -> SwapReport:
     """Put the bits of weights and of activations of a layer into one line."""
-    inputs = {layer.path.replace(".body", ""): layer.input for layer in activations.swapped}
+    inputs = {layer.path: layer.input for layer in activations.swapped}
     both = [dataclasses.replace(layer, input=inputs.get(layer.path)) for layer in weights.swapped]
     named = {layer.path for layer in weights.swapped}
-    only = [layer for layer in activations.swapped if layer.path.replace(".body", "") not in named]
+    only = [layer for layer in activations.swapped if layer.path not in named]
     kept = [layer for layer in weights.stays_float if layer.path not in {other.path for other in only}]
     return SwapReport((*both, *only), tuple(kept))

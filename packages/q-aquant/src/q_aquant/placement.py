@@ -8,14 +8,14 @@ that layer and leaves skip paths in float. The choice alone moves accuracy by po
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import final
+from typing import cast, final
 
 from torch import nn
 
 from q_aquant.units import Unit, Units
 from q_core.layers import QuantUnit
 from q_core.observer import Observer
-from q_core.swap import replace_submodule
+from q_core.swap import wrap_units
 
 MakeObserver = Callable[[int | None], Observer | None]
 """Makes the observer of an activation; takes its bits, or None for the bits of inner layers; None leaves it float."""
@@ -25,13 +25,16 @@ class Placement(abc.ABC):
     """Where activations are quantized."""
 
     @abc.abstractmethod
-    def apply(self, quantized: nn.Module, units: Units, observer: MakeObserver) -> None:
+    def apply(self, quantized: nn.Module, units: Units, observer: MakeObserver) -> nn.Module:
         """Move the observers of activations, in place.
 
         Args:
             quantized: A swapped model with an observer at the input of every layer, not calibrated.
             units: Its units; paths inside a unit that is wrapped get `body` after the path of the unit.
             observer: Makes further observers.
+
+        Returns:
+            The model, or the unit around it where the whole model is one.
         """
 
 
@@ -50,14 +53,14 @@ class InputPlacement(Placement):
 
     skip_bits: int | None = None
 
-    def apply(self, quantized: nn.Module, units: Units, observer: MakeObserver) -> None:
+    def apply(self, quantized: nn.Module, units: Units, observer: MakeObserver) -> nn.Module:
         """Quantize the input of every unit of several layers as well, if asked to."""
-        if self.skip_bits is None:
-            return
-        for unit in units:
+        for unit in units if self.skip_bits is not None else ():
             made = observer(self.skip_bits)
             if len(unit.layers) > 1 and made is not None:
-                _wrapped(quantized, unit).input_quantizer = made
+                quantized, wrapped = _wrapped(quantized, unit)
+                wrapped.input_quantizer = made
+        return quantized
 
 
 @final
@@ -72,7 +75,7 @@ class OutputPlacement(Placement):
         Li et al. 2021 (BRECQ), arXiv:2102.05426; Wei et al. 2022 (QDrop), arXiv:2203.05740, as released.
     """
 
-    def apply(self, quantized: nn.Module, units: Units, observer: MakeObserver) -> None:
+    def apply(self, quantized: nn.Module, units: Units, observer: MakeObserver) -> nn.Module:
         """Move the observers of the layers that read the tensor between two units."""
         before: Unit | None = None
         for unit in units:
@@ -84,16 +87,16 @@ class OutputPlacement(Placement):
                     if isinstance(each, Observer):
                         setattr(layer, "input_quantizer", nn.Identity())  # noqa: B010 - mypy knows no such attribute
                 if unit.chained and before is not None:
-                    _wrapped(quantized, before).output_quantizer = made
+                    quantized, wrapped = _wrapped(quantized, before)
+                    wrapped.output_quantizer = made
                 else:
-                    _wrapped(quantized, unit).input_quantizer = made
+                    quantized, wrapped = _wrapped(quantized, unit)
+                    wrapped.input_quantizer = made
             before = unit
+        return quantized
 
 
-def _wrapped(quantized: nn.Module, unit: Unit) -> QuantUnit:
+def _wrapped(quantized: nn.Module, unit: Unit) -> tuple[nn.Module, QuantUnit]:
+    quantized = wrap_units(quantized, [unit.path])
     module = quantized.get_submodule(unit.path)
-    if not isinstance(module, QuantUnit):
-        wrapper = QuantUnit(module).train(module.training)
-        replace_submodule(quantized, unit.path, wrapper)
-        module = wrapper
-    return module
+    return quantized, cast(QuantUnit, module)

@@ -126,7 +126,7 @@ class Setup:
         )
         swapped, report = swap(twin, rules)
         if activations:
-            placement.apply(swapped, self.units, partial(_observer, bits=self.bits.activation))
+            swapped = placement.apply(swapped, self.units, partial(_observer, bits=self.bits.activation))
         if not report.swapped:
             return swapped, report, CalibrationReport(0, (), {}, (), {})
         batches = torch.split(self.images, _BATCH)
