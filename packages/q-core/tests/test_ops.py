@@ -2,13 +2,25 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from q_core import NearestEven, Rounding, ShapeError, UniformGrid, dequantize, ops, quantize, round_ste
+from q_core import (
+    NearestEven,
+    NearestTowardZero,
+    Rounding,
+    ShapeError,
+    UniformGrid,
+    dequantize,
+    functional,
+    ops,
+    quantize,
+    round_ste,
+)
+from q_core.functional import middles
 from q_core.kernels import Kernel, Operator, only
-from q_core.ops import fake_quantize
+from q_core.ops import fake_quantize, fake_quantize_levels
 
 EXACT = {"rtol": 0, "atol": 0}
 seeds = st.integers(0, 2**31)
@@ -322,3 +334,124 @@ def test_a_kernel_that_is_offered_runs_forward_and_backward(monkeypatch):
     with only("test"):
         fake_quantize(torch.randn(5, requires_grad=True), torch.ones(1), qmin=0, qmax=3).sum().backward()
     assert calls == ["q_core.fake_quantize", "q_core.fake_quantize_grad"]
+
+
+# Any levels
+
+
+def table(levels, rounding=None):
+    """Distances and thresholds that go with levels, of which the lowest but one is real zero."""
+    codes = torch.arange(levels.shape[-1] - 1).to(levels.dtype)
+    return levels.diff(dim=-1), middles(levels.detach(), (rounding or NearestTowardZero()).ties_up(codes))
+
+
+@st.composite
+def level_cases(draw):
+    """Levels of any granularity; reals beyond both ends, on levels and on middles."""
+    tiles = draw(st.lists(st.integers(1, 3), min_size=1, max_size=4))
+    shape = [count * draw(st.integers(1, 4)) for count in tiles]
+    tiles = [1] if draw(st.booleans()) else tiles
+    count = draw(st.sampled_from([2, 3, 4, 16, 40]))
+    generator = torch.Generator().manual_seed(draw(seeds))
+    # Multiples of an eighth, so that reals that are multiples of a sixteenth lie exactly on levels and middles.
+    steps = torch.randint(1, 9, (*tiles, count), generator=generator).double() / 8
+    levels = steps.cumsum(-1) - 2 * steps[..., :1] - draw(st.integers(0, count)) / 4
+    x = torch.randint(-16 * count, 16 * count, shape, generator=generator).double() / 16
+    if draw(st.booleans()):
+        x = x + torch.randn(shape, generator=generator, dtype=torch.float64)
+    grad = torch.randint(-8, 9, shape, generator=generator).double()
+    return x, levels, grad
+
+
+def surrogate(x, levels, thresholds):
+    """One element after the other, from the formulas of the module."""
+    pieces = []
+    tiled = functional.to_tiles(x, tuple(levels.shape[:-1]))
+    rows, edges = levels.reshape(tiled.shape[0], -1), thresholds.reshape(tiled.shape[0], -1)
+    for row, line, edge in zip(rows, tiled, edges, strict=True):
+        for value in line:
+            code = int((edge < value.detach()).sum())
+            smooth = row[0] if value < row[0] else row[-1] if value > row[-1] else value
+            smooth = smooth + 0 * value + 0 * row.sum()  # part of the graph in any case
+            for k in range(1, len(row)):
+                if row[k - 1] < value <= row[k]:
+                    width = row[k] - row[k - 1]
+                    smooth = smooth + width * ((row[code] - value) / width).detach()
+            pieces.append(smooth)
+    return functional.from_tiles(torch.stack(pieces).reshape(tiled.shape), tuple(levels.shape[:-1]), tuple(x.shape))
+
+
+@settings(max_examples=50)
+@given(level_cases())
+def test_any_levels_have_the_gradient_of_the_surrogate(case):
+    x, levels, grad = case
+    found, expected = [], []
+    for function, out in ((fake_quantize_levels, found), (surrogate, expected)):
+        leaf, learned = x.clone().requires_grad_(), levels.clone().requires_grad_()
+        widths, thresholds = table(learned)
+        parts = (learned, widths, thresholds) if function is fake_quantize_levels else (learned, thresholds)
+        y = function(leaf, *parts)
+        out += [y.detach(), *torch.autograd.grad(y, (leaf, learned), grad)]
+    # Sums of at most 81 terms below 64: dyadic but for the quotients, a few roundings each.
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-11)
+
+
+@settings(max_examples=50)
+@given(level_cases())
+def test_whoever_looks_inside_sees_any_levels_in_parts_of_the_same_value_and_gradient(case):
+    x, levels, grad = case
+    found = []
+    for function in (fake_quantize_levels, ops._levels_in_parts):
+        leaf, learned = x.clone().requires_grad_(), levels.clone().requires_grad_()
+        y = function(leaf, learned, *table(learned))
+        found.append((y.detach(), *torch.autograd.grad(y, (leaf, learned), grad)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-11)  # as above
+
+
+@pytest.mark.parametrize("rounding", [NearestEven(), NearestTowardZero()])
+def test_a_tie_goes_where_the_rounding_says(rounding):
+    levels = torch.arange(-8.0, 8.0).reshape(1, -1) * 0.3
+    codes = torch.arange(-7.0, 8.0)
+    edges = middles(levels, rounding.ties_up(codes))
+    ties = 0.5 * levels[:, 1:].double() + 0.5 * levels[:, :-1].double()
+    single = ties.float()
+    exact = single.double() == ties
+    found = torch.searchsorted(edges[0], single[0]) - 8
+    torch.testing.assert_close(found[exact[0]].float(), rounding(codes - 0.5)[exact[0]], **EXACT)
+    assert exact.any()
+
+
+def test_any_levels_pass_nan_and_take_infinities_to_the_ends():
+    levels = torch.tensor([[-1.0, 0.0, 2.0]])
+    y = fake_quantize_levels(torch.tensor([torch.nan, torch.inf, -torch.inf]), levels, *table(levels))
+    torch.testing.assert_close(y, torch.tensor([torch.nan, 2.0, -1.0]), equal_nan=True, **EXACT)
+    empty = fake_quantize_levels(torch.empty(3, 0), levels, *table(levels))
+    assert empty.shape == (3, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_any_levels_compare_narrow_reals_in_the_dtype_of_the_table(dtype):
+    levels = torch.tensor([[-1.003, 0.0, 0.7, 2.001]])
+    x = torch.linspace(-3, 3, 301).to(dtype)
+    y = fake_quantize_levels(x, levels, *table(levels))
+    torch.testing.assert_close(y, fake_quantize_levels(x.float(), levels, *table(levels)), **EXACT)
+
+
+def test_any_levels_keep_the_input_alone_for_the_backward_pass():
+    x = torch.randn(1000, requires_grad=True)
+    levels = torch.tensor([[-1.0, 0.0, 2.0]], requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        fake_quantize_levels(x, levels, *table(levels))
+    large = {tensor.data_ptr() for tensor in kept if tensor.numel() >= 1000}
+    assert large == {x.data_ptr()}
+
+
+def test_the_graph_of_any_levels_holds_operations_of_torch_only():
+    levels = torch.tensor([[-1.0, 0.0, 2.0]])
+    graph = make_fx(lambda x: fake_quantize_levels(x, levels, *table(levels)))(torch.randn(5))
+    called = {str(node.target) for node in graph.graph.nodes if node.op == "call_function"}
+    assert not any("q_core" in name for name in called)
+    assert any(name.startswith("aten") for name in called)

@@ -7,7 +7,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from q_core import CodebookGrid, NearestEven, NearestTowardZero, Quantizer, Stochastic, UniformGrid
+from q_core import (
+    CodebookGrid,
+    NearestEven,
+    NearestTowardZero,
+    Quantizer,
+    QuantSpec,
+    Recipe,
+    Rule,
+    StateError,
+    Stochastic,
+    UniformGrid,
+    calibrate,
+    pack,
+    save_packed,
+    swap,
+)
 
 EXACT = {"rtol": 0, "atol": 0}
 
@@ -109,3 +124,52 @@ def test_a_copy_of_a_quantizer_is_independent():
     with torch.no_grad():
         twin.grid.scale.mul_(2)
     torch.testing.assert_close(quantizer.grid.scale.detach(), torch.full((1,), 0.25), **EXACT)
+
+
+class Halved(torch.nn.Module):
+    """A transform with something to learn."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor([0.5]))
+
+    def forward(self, x):
+        return x * self.factor
+
+
+def test_a_transform_comes_before_the_grid_in_values_codes_and_gradients():
+    x = torch.linspace(-3, 3, 41, requires_grad=True)
+    plain = Quantizer(UniformGrid(torch.tensor([0.25]), qmin=-4, qmax=3))
+    quantizer = Quantizer(plain.grid, transform=Halved())
+    torch.testing.assert_close(quantizer(x), plain(x * 0.5), rtol=0, atol=0)
+    torch.testing.assert_close(quantizer.codes(x), plain.codes(x * 0.5), rtol=0, atol=0)
+    quantizer(x).sum().backward()
+    inside = ((x / 2 >= -1) & (x / 2 <= 0.75)).float()
+    torch.testing.assert_close(x.grad, 0.5 * inside, rtol=0, atol=0)
+    torch.testing.assert_close(quantizer.transform.factor.grad, (x * inside).sum().reshape(1).detach())
+    frozen = quantizer.frozen()
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    torch.testing.assert_close(frozen(x), quantizer(x), rtol=0, atol=0)
+
+
+def test_an_observer_sees_what_the_transform_of_its_recipe_gives_and_a_packed_weight_is_the_transformed_one():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    rule = Rule(".*", weight=Recipe(QuantSpec.signed(8), transform=Halved))
+    twin, _ = swap(model, [rule])
+    calibrate(twin, [torch.randn(2, 6)], progress=False)
+    weight = model[0].weight.detach() / 2
+    expected = UniformGrid.from_range(QuantSpec.signed(8), weight.min().reshape(1), weight.max().reshape(1))
+    torch.testing.assert_close(twin[0].weight_quantizer.grid.scale.flatten(), expected.scale, rtol=0, atol=0)
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(pack(twin)(x), twin(x), rtol=0, atol=0)
+
+
+def test_a_file_refuses_an_activation_that_is_transformed_before_it_is_quantized(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+    rule = Rule(".*", weight=Recipe(QuantSpec.signed(8)), input=Recipe(QuantSpec.signed(8), transform=Halved))
+    twin, _ = swap(model, [rule])
+    calibrate(twin, [torch.randn(2, 6)], progress=False)
+    with pytest.raises(StateError, match=r"0.input_quantizer transforms its input with a Halved"):
+        save_packed(pack(twin), tmp_path / "packed.safetensors")

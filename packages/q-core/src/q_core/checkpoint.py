@@ -91,6 +91,11 @@ def save_packed(model: nn.Module, path: str | os.PathLike[str]) -> Path:
                 "grid": _describe_grid(module.grid),
             }
         elif isinstance(module, Quantizer):
+            if module.transform is not None:
+                raise StateError(
+                    f"{name} transforms its input with a {type(module.transform).__name__}, which the format cannot "
+                    "hold: make it a layer of the model in front of the slot"
+                )
             quantizers[name] = {"grid": _describe_grid(module.grid), **_describe_rounding(name, module.rounding)}
     own = dict(_describe_own(model))
     if not packed and not quantizers and not own:

@@ -6,11 +6,12 @@ shape `(4, 8)` into four tiles of shape `(1, 8)`, and no function needs an axis 
 the gradient of another (Bengio et al. 2013, arXiv:1308.3432).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from q_core.errors import ShapeError
@@ -318,3 +319,29 @@ def dequantize(
     shape = tuple(codes.shape)
     shifted = codes if zero_point is None else codes - broadcast_scale(zero_point, shape)
     return shifted * broadcast_scale(scale, shape)
+
+
+def middles(levels: Float[Tensor, "... n"], ties_up: Bool[Tensor, "... n-1"] | None = None) -> Float[Tensor, "... n-1"]:
+    """Return the reals that separate the nearest levels: the level nearest to `x` has as many below it as `x` has.
+
+    Below means strictly below, so a real in the middle of two levels goes to the lower one. Where its tie is to go up,
+    the middle is moved down to the next number of its dtype; and a middle that no number of the dtype is goes to the
+    one below it. So the answer is right for every number, to the last digit. Training, packed models and kernels
+    compare with the same numbers, and all of them take the same level.
+
+    Args:
+        levels: Levels in ascending order along the last axis.
+        ties_up: For each middle, whether a real on it goes to the upper level. None: nowhere.
+
+    Returns:
+        The middles, in the dtype of the levels.
+
+    Source:
+        The rounding error of the sum: Knuth, The Art of Computer Programming, volume 2, section 4.2.2, theorem B.
+    """
+    left, right = 0.5 * levels[..., :-1], 0.5 * levels[..., 1:]  # halves first: the sum of two levels may overflow
+    middle = left + right
+    part = middle - left
+    error = (left - (middle - part)) + (right - part)
+    down = error < 0 if ties_up is None else (error < 0) | ((error == 0) & ties_up)
+    return torch.where(down, torch.nextafter(middle, torch.full_like(middle, -math.inf)), middle)

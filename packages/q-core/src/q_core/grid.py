@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from q_core import functional
 from q_core.errors import RangeError, ShapeError, SpecError
 from q_core.module import PreciseModule
-from q_core.ops import fake_quantize
+from q_core.ops import fake_quantize, fake_quantize_levels
 from q_core.rounding import NearestEven, Rounding
 from q_core.spec import QuantSpec
 
@@ -233,7 +233,8 @@ class CodebookGrid(Grid):
     """Any strictly increasing levels, given as a table.
 
     In the code coordinate neighbouring levels are one apart and reals between them are interpolated linearly, so
-    `NearestEven` finds the nearest level. Code 0 of the coordinate is the level nearest to real zero.
+    `NearestEven` finds the nearest level. Code 0 of the coordinate is the level nearest to real zero. Which level is
+    nearest is found by comparing with the middles between them, see `q_core.functional.middles`.
 
     Args:
         codebook: Levels in ascending order along the last axis; the axes before it tile the tensor:
@@ -270,7 +271,12 @@ class CodebookGrid(Grid):
     def quantize(self, x: Float[Tensor, "*shape"], rounding: Rounding) -> Float[Tensor, "*shape"]:
         """Map reals to codes; the derivative is one over the width of the cell."""
         cells = self._locate(x)
-        return functional.from_tiles(self._round(cells, rounding) + self.qmin, self.tile_shape, tuple(x.shape))
+        rounded = self._round(cells, rounding)
+        if (edges := self.thresholds(rounding, x.dtype)) is not None:
+            rows = functional.to_tiles(x.detach(), self.tile_shape).to(edges.dtype)
+            found = torch.searchsorted(edges.reshape(-1, edges.shape[-1]), rows.contiguous()).to(rows.dtype)
+            rounded = functional.straight_through(torch.where(rows.isnan(), rows, found), rounded)
+        return functional.from_tiles(rounded + self.qmin, self.tile_shape, tuple(x.shape))
 
     def dequantize(self, codes: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Look the codes up in the table."""
@@ -280,9 +286,30 @@ class CodebookGrid(Grid):
 
     def fake_quantize(self, x: Float[Tensor, "*shape"], rounding: Rounding) -> Float[Tensor, "*shape"]:
         """Map reals to levels with the slope of the cell, so that the derivative inside the range is 1."""
+        if (edges := self.thresholds(rounding, x.dtype)) is not None:
+            table = self.codebook.to(edges.dtype)
+            return fake_quantize_levels(x, table, table.diff(dim=-1), edges)
         cells = self._locate(x)
         weight = self._round(cells, rounding) - cells.cell
         return functional.from_tiles(torch.lerp(cells.left, cells.right, weight), self.tile_shape, tuple(x.shape))
+
+    def thresholds(self, rounding: Rounding, dtype: torch.dtype = torch.float32) -> Float[Tensor, "..."] | None:
+        """Return what separates the levels, or None for a rounding that does not always take the nearest.
+
+        The code of a real is `qmin` and one for each threshold strictly below it.
+
+        Args:
+            rounding: Says where ties go.
+            dtype: That of the reals to compare; the thresholds have the wider one of it and the codebook.
+
+        Returns:
+            One row for each row of the codebook, one shorter.
+        """
+        levels = self.codebook.to(torch.promote_types(dtype, self.codebook.dtype))
+        zero = levels.abs().argmin(dim=-1, keepdim=True)
+        codes = torch.arange(1, levels.shape[-1], device=levels.device) - zero
+        up = rounding.ties_up(codes.to(levels.dtype))
+        return None if up is None else functional.middles(levels, up)
 
     def _table(self) -> Tensor:
         return self.codebook.reshape(-1, self.codebook.shape[-1])

@@ -13,7 +13,7 @@ from typing import final
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from q_core import functional
@@ -45,6 +45,7 @@ class Observer(PreciseModule, abc.ABC):
         low: Smallest real seen, per tile, float64.
         high: Largest real seen, per tile, float64.
         nonfinite: Number of updates that held a NaN or an infinity.
+        transform: What the quantizer does to a tensor before; statistics are of the transformed one.
     """
 
     def __init__(
@@ -52,6 +53,8 @@ class Observer(PreciseModule, abc.ABC):
     ) -> None:
         super().__init__()
         self.spec, self.shape, self.make_rounding = spec, shape, rounding
+        self.transform: nn.Module | None
+        self.register_module("transform", None)
         self.low: Tensor
         self.high: Tensor
         self.nonfinite: Tensor
@@ -73,7 +76,8 @@ class Observer(PreciseModule, abc.ABC):
             )
         with torch.no_grad():
             if x.numel():
-                rows = functional.to_tiles(x.detach(), self.shape)
+                seen = x.detach() if self.transform is None else self.transform(x.detach())
+                rows = functional.to_tiles(seen, self.shape)
                 rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
                 low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)  # faster than aminmax with a dim
                 self.nonfinite += (~(low.isfinite() & high.isfinite())).any()
@@ -110,8 +114,8 @@ class Observer(PreciseModule, abc.ABC):
         dist.all_reduce(self.nonfinite, dist.ReduceOp.SUM)
 
     def quantizer(self) -> Quantizer:
-        """Propose a quantizer: the grid and the rounding it was asked for."""
-        return Quantizer(self.grid(), self.make_rounding())
+        """Propose a quantizer: the grid, and the rounding and the transform it was asked for."""
+        return Quantizer(self.grid(), self.make_rounding(), self.transform)
 
     @property
     def seen(self) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from q_core.errors import StateError
@@ -38,6 +38,20 @@ class Rounding(PreciseModule, abc.ABC):
         Returns:
             Integers in a floating-point dtype.
         """
+
+    def ties_up(self, codes: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"] | None:
+        """Tell where the tie half a code below each of `codes` goes: to that code, or to the one below it.
+
+        A rounding that always takes the nearest code says so by an answer. A grid may then compare reals with the
+        middles between its levels instead of asking for the code of every element.
+
+        Args:
+            codes: Code coordinates, integral in value; real zero is at 0.
+
+        Returns:
+            Whether the tie goes up, or None when the nearest code is not always taken.
+        """
+        return None
 
     def facts(self) -> dict[str, Any]:
         """Return what `from_facts` must know beside the values of the tensors: plain values that JSON can hold.
@@ -82,6 +96,10 @@ class NearestEven(Rounding):
         """Round half to even."""
         return straight_through(torch.round(u), u)
 
+    def ties_up(self, codes: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+        """Up to even codes."""
+        return codes.remainder(2) == 0
+
 
 @final
 class NearestTowardZero(Rounding):
@@ -97,6 +115,10 @@ class NearestTowardZero(Rounding):
     def forward(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Round half toward zero."""
         return straight_through(torch.copysign(torch.ceil(u.abs() - 0.5), u), u)
+
+    def ties_up(self, codes: Float[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+        """Up to codes that are not positive."""
+        return codes <= 0
 
 
 @final

@@ -47,18 +47,23 @@ class Recipe:
         observer: Makes the observer: a class, or a `functools.partial` of one with its options.
         grid: Builds the grid over the range that the observer proposes.
         rounding: Makes the rounding.
+        transform: Makes what is done to a tensor before it is quantized, and the observer sees what it gives; None for
+            nothing.
     """
 
     spec: QuantSpec
     observer: Callable[..., Observer] = MinMaxObserver
     grid: GridFactory = UniformGrid.from_range
     rounding: Callable[[], Rounding] = NearestEven
+    transform: Callable[[], nn.Module] | None = None
 
     def build(self, shape: tuple[int, ...]) -> Observer:
         """Make the observer for a tensor of shape `shape`."""
-        return self.observer(
+        observer = self.observer(
             self.spec, self.spec.granularity.scale_shape(shape), grid=self.grid, rounding=self.rounding
         )
+        observer.transform = None if self.transform is None else self.transform()
+        return observer
 
 
 @dataclasses.dataclass(frozen=True)
