@@ -3,7 +3,7 @@
 `resnet20` and `resnet56` are the networks of He et al. 2016 (arXiv:1512.03385, section 4.2) with the parameter-free
 shortcut. `resnet20v` is a variant with a 64-channel stem, a projection in the first block of every stage, no rectifier
 after the additions and one at the end of each stage. `preresnet20` and `preresnet56` are the pre-activation networks of
-He et al. 2016 (arXiv:1603.05027), on which nuLSQ was published: every inner convolution reads the output of a rectifier.
+He et al. 2016 (arXiv:1603.05027), on which nuLSQ was published: inner convolutions read the output of a rectifier.
 """
 
 from torch import Tensor, nn

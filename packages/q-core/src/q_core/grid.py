@@ -233,8 +233,9 @@ class CodebookGrid(Grid):
     """Any strictly increasing levels, given as a table.
 
     In the code coordinate neighbouring levels are one apart and reals between them are interpolated linearly, so
-    `NearestEven` finds the nearest level. Code 0 of the coordinate is the level nearest to real zero. Which level is
-    nearest is found by comparing with the middles between them, see `q_core.functional.middles`.
+    `NearestEven` finds the nearest level. Code 0 of the coordinate is the level nearest to real zero, the upper one of
+    two, so that real zero itself goes up where no level is zero, as in a grid of steps that rise in the middle. Which
+    level is nearest is found by comparing with the middles between them, see `q_core.functional.middles`.
 
     Args:
         codebook: Levels in ascending order along the last axis; the axes before it tile the tensor:
@@ -306,8 +307,7 @@ class CodebookGrid(Grid):
             One row for each row of the codebook, one shorter.
         """
         levels = self.codebook.to(torch.promote_types(dtype, self.codebook.dtype))
-        zero = levels.abs().argmin(dim=-1, keepdim=True)
-        codes = torch.arange(1, levels.shape[-1], device=levels.device) - zero
+        codes = torch.arange(1, levels.shape[-1], device=levels.device) - _nearest_to_zero(levels)
         up = rounding.ties_up(codes.to(levels.dtype))
         return None if up is None else functional.middles(levels, up)
 
@@ -323,7 +323,7 @@ class CodebookGrid(Grid):
         found = torch.searchsorted(table, inner.detach().contiguous(), right=True)
         cell = (found - 1).clamp(0, table.shape[1] - 2)
         left, right = table.gather(1, cell), table.gather(1, cell + 1)
-        zero = table.abs().argmin(dim=1, keepdim=True).to(rows.dtype)
+        zero = _nearest_to_zero(table).to(rows.dtype)
         return _Cells(cell.to(rows.dtype), (inner - left) / (right - left), left, right, zero)
 
     def _round(self, cells: _Cells, rounding: Rounding) -> Tensor:
@@ -347,6 +347,11 @@ class CodebookGrid(Grid):
     def extra_repr(self) -> str:
         """Show the codes and the granularity."""
         return f"codes {self.qmin} to {self.qmax}, codebook {tuple(self.codebook.shape)}"
+
+
+def _nearest_to_zero(levels: Tensor) -> Tensor:
+    """Return the index of the level nearest to zero in each row, the last of two, as a last axis of length 1."""
+    return levels.shape[-1] - 1 - levels.abs().flip(-1).argmin(dim=-1, keepdim=True)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -225,7 +225,7 @@ def _levels_in_parts(x: Tensor, levels: Tensor, widths: Tensor, thresholds: Tens
 def _compared(rows: Tensor, edges: Tensor) -> Tensor:
     """Count the edges strictly below each element."""
     if edges.shape[1] > _FEW:
-        return torch.searchsorted(edges, rows.contiguous())
+        return torch.searchsorted(edges.contiguous(), rows.contiguous())
     index = torch.zeros_like(rows, dtype=torch.int64)
     for edge in edges.unbind(1):
         index = index + (rows > edge.unsqueeze(1))
@@ -271,7 +271,7 @@ class _FakeQuantizeLevels(torch.autograd.Function):
 
 def _levels_meaning(x: Tensor, levels: Tensor, thresholds: Tensor) -> Tensor:
     rows, table = _rows(x, levels)
-    edges = thresholds.reshape(table.shape[0], -1).to(table.dtype)
+    edges = thresholds.reshape(table.shape[0], -1).to(table.dtype).contiguous()
     nearest = _keep_nan(table.gather(1, torch.searchsorted(edges, rows.contiguous())), rows)
     return functional.from_tiles(nearest, tuple(levels.shape[:-1]), tuple(x.shape))
 
@@ -293,7 +293,7 @@ def _levels_gradient(
     if not learns:
         return grad_x, None, None
     with torch.no_grad():
-        edges = thresholds.reshape(table.shape[0], -1).to(table.dtype)
+        edges = thresholds.reshape(table.shape[0], -1).to(table.dtype).contiguous()
         index = torch.searchsorted(edges, rows.contiguous())
         nearest = _keep_nan(table.gather(1, index), rows)
         cell = _cell(index, nearest, rows, table.shape[1])
