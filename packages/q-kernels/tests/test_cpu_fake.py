@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -12,7 +11,9 @@ from torch import Tensor
 
 from q_core import ops
 from q_core.kernels import Operator, only
-from q_kernels.cpu import fake
+from q_kernels.cpu import fake, memory
+
+from .tiles import spread, tiled
 
 LEVELS, GRADIENTS = fake.fake_quantize[0], fake.fake_quantize_grad[0]
 VALUES, SLOPES = ops.FAKE_QUANTIZE.reference.run, ops.FAKE_QUANTIZE_GRAD.reference.run
@@ -88,25 +89,8 @@ def check(case: Case, arguments: tuple, grad: Tensor) -> None:
     exact, size = (tiled(tensor, case.tiles) for tensor in (terms, terms.abs()))
     # A rounding of the residual, which nothing cancels in, one of the product, one of every sum in a lane of a block,
     # where a lane adds an element in 16 at least of 16384, or all rows of a block; one at the end.
-    steps = 4 + min(fake._BLOCK, x.numel())
+    steps = 4 + min(memory.BLOCK, x.numel())
     torch.testing.assert_close(by_scale.double(), exact, rtol=0, atol=steps * HALF_ULP * float(size.max()) + 1e-30)
-
-
-def spread(parameter: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if parameter.numel() == 1:
-        return parameter.reshape(1)
-    for axis, size in enumerate(shape):
-        parameter = parameter.repeat_interleave(size // parameter.shape[axis], axis)
-    return parameter
-
-
-def tiled(terms: Tensor, tiles: tuple[int, ...]) -> Tensor:
-    """Sums of tiles, one axis after the other."""
-    if math.prod(tiles) == 1:
-        return terms.sum().reshape(tiles)
-    for axis, count in enumerate(tiles):
-        terms = torch.stack([part.sum(axis) for part in terms.tensor_split(count, axis)], axis)
-    return terms
 
 
 @given(cases())
@@ -263,6 +247,7 @@ def test_kernels_refuse_what_they_cannot_do() -> None:
     assert "plain memory" in str(LEVELS.refuses(torch.complex(x, x).conj().imag, scale, *rest, None))
     assert "not torch.uint8 of" in str(LEVELS.refuses(x, scale, *rest, torch.ones(x.shape, dtype=torch.uint8)))
     assert "not torch.bool of (6,)" in str(LEVELS.refuses(x, scale, *rest, torch.ones(6, dtype=torch.bool)))
+    assert "that of the scales" in str(LEVELS.refuses(x, scale, torch.zeros(1), qmin, qmax, None))
     assert "not a multiple of 4" in str(LEVELS.refuses(x, torch.ones(4, 1, 1, 1), *rest, None))
     assert "(2,) is not that" in str(GRADIENTS.refuses(torch.ones(2), x, scale, *rest, None, True))
     assert "torch.float64" in str(GRADIENTS.refuses(x.double(), x, scale, *rest, None, True))

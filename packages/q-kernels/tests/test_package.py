@@ -55,7 +55,7 @@ def test_kernels_built_for_narrower_machines_are_as_right(machine: str) -> None:
         pytest.skip("these are the tests that this test runs")
     if machine == "AVX2" and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip(f"AVX2 does not exist on {platform.machine()}")
-    names = ("test_cpu_adder.py", "test_cpu_border.py", "test_cpu_fake.py")
+    names = ("test_cpu_adder.py", "test_cpu_border.py", "test_cpu_fake.py", "test_cpu_levels.py")
     paths = [str(pathlib.Path(__file__).with_name(name)) for name in names]
     some = "exact or agree or corners or none or infinite or threads or empty"
     result = python("-m", "pytest", *paths, "-q", "-p", "no:cacheprovider", "-k", some, **MACHINES[machine])

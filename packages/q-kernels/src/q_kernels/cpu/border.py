@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from q_core.kernels import Kernel
 from q_kernels.cpu import lanes, windows
-from q_kernels.cpu.lanes import LANES, POSITIONS, ROWS, VECTORS
+from q_kernels.cpu.lanes import ROWS
+from q_kernels.cpu.registers import LANES, POSITIONS, VECTORS
 from q_kernels.cpu.vector import FEATURES, WIDE
 
 Array = Any

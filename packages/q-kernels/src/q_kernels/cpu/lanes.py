@@ -18,12 +18,8 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from q_kernels.cpu.registers import LANES, POSITIONS, VECTORS, Lanes, Sums, copied, load, pointer, splat, store
 from q_kernels.cpu.vector import WIDE, Builder, Value
-
-LANES = 16 if WIDE else 8
-VECTORS = 4 if WIDE else 2
-POSITIONS = LANES * VECTORS
-"""Positions of a block."""
 
 ROWS = 8
 """What the rows of a product are a multiple of."""
@@ -48,125 +44,36 @@ B0, B1, B2, WEIGHT, RESIDUAL, TERMS = range(6)
 """Places in the totals of a tap."""
 
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
-_LANES = ir.VectorType(_F32, LANES)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Lanes:
-    """A vector in a register, with arithmetic that reads like a formula."""
-
-    builder: Builder
-    value: Value
-
-    def _other(self, other: "_Lanes | float") -> Value:
-        return other.value if isinstance(other, _Lanes) else ir.Constant(_LANES, [other] * LANES)
-
-    def _new(self, value: Value) -> "_Lanes":
-        return _Lanes(self.builder, value)
-
-    def __add__(self, other: "_Lanes | float") -> "_Lanes":
-        return self._new(self.builder.fadd(self.value, self._other(other)))
-
-    def __sub__(self, other: "_Lanes | float") -> "_Lanes":
-        return self._new(self.builder.fsub(self.value, self._other(other)))
-
-    def __mul__(self, other: "_Lanes | float") -> "_Lanes":
-        return self._new(self.builder.fmul(self.value, self._other(other)))
-
-    def times(self, factor: "_Lanes | float", plus: "_Lanes | float") -> "_Lanes":
-        """Multiply and add, in one rounding where there is an instruction for it."""
-        function = _function(self.builder, f"llvm.fmuladd.v{LANES}f32", 3)
-        return self._new(self.builder.call(function, [self.value, self._other(factor), self._other(plus)]))
-
-    def floor(self) -> "_Lanes":
-        return self._new(self.builder.call(_function(self.builder, f"llvm.floor.v{LANES}f32", 1), [self.value]))
-
-    def compared(self, sign: str, other: "_Lanes | float") -> Value:
-        """Compare; false where either is not a number."""
-        return self.builder.fcmp_ordered(sign, self.value, self._other(other))
-
-    def where(self, condition: Value, other: "_Lanes | float") -> "_Lanes":
-        """Keep the lanes where the condition holds and take the others from `other`."""
-        return self._new(self.builder.select(condition, self.value, self._other(other)))
-
-    def at_least(self, low: "_Lanes | float") -> "_Lanes":
-        """Raise to `low`; what is not a number stays so."""
-        return self._new(self._other(low)).where(self.builder.fcmp_ordered(">", self._other(low), self.value), self)
-
-    def at_most(self, high: "_Lanes | float") -> "_Lanes":
-        """Lower to `high`; what is not a number stays so."""
-        return self._new(self._other(high)).where(self.builder.fcmp_ordered("<", self._other(high), self.value), self)
-
-
-def _function(builder: Builder, name: str, arguments: int) -> Value:
-    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(_LANES, [_LANES] * arguments), name)
-
-
-def _pointer(builder: Builder, base: Value, index: Value, kind: ir.Type, size: int = 4) -> Value:
-    """Address the element `index` elements of `size` bytes from `base`."""
-    address = builder.add(base, builder.mul(index, _I64(size)))
-    return builder.inttoptr(address, kind.as_pointer())
-
-
-def _load(builder: Builder, base: Value, index: Value) -> _Lanes:
-    return _Lanes(builder, builder.load(_pointer(builder, base, index, _LANES), align=4))
-
-
-def _store(base: Value, index: Value, lanes: _Lanes) -> None:
-    lanes.builder.store(lanes.value, _pointer(lanes.builder, base, index, _LANES), align=4)
-
-
-def _copied(builder: Builder, base: Value, index: Value) -> _Lanes:
-    """Load one number into all lanes."""
-    empty = ir.Constant(_LANES, ir.Undefined)
-    first = builder.insert_element(empty, builder.load(_pointer(builder, base, index, _F32)), _I32(0))
-    return _Lanes(builder, builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES)))
 
 
 def _number(builder: Builder, base: Value, index: Value) -> Value:
-    return builder.load(_pointer(builder, base, index, _I64, 8))
-
-
-class _Sums:
-    """Vectors that a loop adds to."""
-
-    def __init__(self, builder: Builder, count: int) -> None:
-        self.builder = builder
-        self.slots = [cgutils.alloca_once(builder, _LANES) for _ in range(count)]
-        for slot in self.slots:
-            builder.store(ir.Constant(_LANES, None), slot)
-
-    def __getitem__(self, index: int) -> _Lanes:
-        return _Lanes(self.builder, self.builder.load(self.slots[index]))
-
-    def __setitem__(self, index: int, lanes: _Lanes) -> None:
-        self.builder.store(lanes.value, self.slots[index])
+    return builder.load(pointer(builder, base, index, _I64, 8))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Border:
     """The border of one tap of one vector: its polynomial before and after the clip, and its odd part."""
 
-    z: _Lanes
-    clipped: _Lanes
-    odd: _Lanes
+    z: Lanes
+    clipped: Lanes
+    odd: Lanes
 
     @property
-    def value(self) -> _Lanes:
+    def value(self) -> Lanes:
         return self.odd + 0.5
 
     @property
-    def slope(self) -> _Lanes:
+    def slope(self) -> Lanes:
         return (self.odd * self.odd).times(-0.4, 0.625).where(self.z.compared("==", self.clipped), 0.0)
 
 
-def _rounded(u: _Lanes, border: _Lanes) -> _Lanes:
+def _rounded(u: Lanes, border: Lanes) -> Lanes:
     """Go up where the fraction is above the border."""
     base = u.floor()
     return (base + 1.0).where((u - base).compared(">", border), base)
 
 
-def _clipped(border: _Lanes) -> _Lanes:
+def _clipped(border: Lanes) -> Lanes:
     return border.at_least(0.0).at_most(LARGEST)
 
 
@@ -189,7 +96,7 @@ class _Frame:
             table,
             self.taps,
         ) = cgutils.unpack_tuple(builder, frame)
-        self.parameters = [_copied(builder, table, _I64(index)) for index in range(PARAMETERS)]
+        self.parameters = [copied(builder, table, _I64(index)) for index in range(PARAMETERS)]
         self.bases = [_number(builder, self.places, _I64(vector)) for vector in range(VECTORS)]
 
     def places_of(self, tap: Value) -> list[Value]:
@@ -201,13 +108,11 @@ class _Frame:
         first = self.builder.mul(tap, _I64(POSITIONS))
         return [self.builder.add(first, _I64(LANES * vector)) for vector in range(VECTORS)]
 
-    def polynomial(self, tap: Value) -> Callable[[_Lanes], _Border]:
+    def polynomial(self, tap: Value) -> Callable[[Lanes], _Border]:
         first = self.builder.mul(tap, _I64(3))
-        b0, b1, b2 = (
-            _copied(self.builder, self.coefficients, self.builder.add(first, _I64(term))) for term in range(3)
-        )
+        b0, b1, b2 = (copied(self.builder, self.coefficients, self.builder.add(first, _I64(term))) for term in range(3))
 
-        def border(u: _Lanes) -> _Border:
+        def border(u: Lanes) -> _Border:
             z = b2.times(u, b1).times(u, b0)
             clipped = z.at_least(START).at_most(END)
             square = clipped * clipped
@@ -218,28 +123,26 @@ class _Frame:
 
         return border
 
-    def quantized(self, u: _Lanes, border: _Lanes) -> _Lanes:
+    def quantized(self, u: Lanes, border: Lanes) -> Lanes:
         """Return reals; in the range, because no border is below 0 or reaches 1."""
         rounded = _rounded(u, border)
         back = self.parameters[ROUNDED].compared(">", 0.5)
         moved = (rounded - u).times(self.parameters[SHARE], rounded.where(back, u))
         return moved * self.parameters[SCALE]
 
-    def mean(self, sums: _Sums) -> list[_Lanes]:
+    def mean(self, sums: Sums) -> list[Lanes]:
         """Divide by the number of taps."""
         count = self.builder.sitofp(self.taps, _F32)
-        empty = ir.Constant(_LANES, ir.Undefined)
-        first = self.builder.insert_element(empty, count, _I32(0))
-        copied = self.builder.shuffle_vector(first, empty, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
-        return [_Lanes(self.builder, self.builder.fdiv(sums[v].value, copied)) for v in range(VECTORS)]
+        divisor = splat(self.builder, count).value
+        return [Lanes(self.builder, self.builder.fdiv(sums[v].value, divisor)) for v in range(VECTORS)]
 
-    def fused(self) -> list[_Lanes]:
+    def fused(self) -> list[Lanes]:
         """Fuse the borders of all taps, before the clip."""
-        sums = _Sums(self.builder, VECTORS)
+        sums = Sums(self.builder, VECTORS)
         with cgutils.for_range(self.builder, self.taps) as loop:
-            border, weight = self.polynomial(loop.index), _copied(self.builder, self.weights, loop.index)
+            border, weight = self.polynomial(loop.index), copied(self.builder, self.weights, loop.index)
             for vector, place in enumerate(self.places_of(loop.index)):
-                value = border(_load(self.builder, self.planes, place)).value
+                value = border(load(self.builder, self.planes, place)).value
                 sums[vector] = value.times(weight, sums[vector])
         return self.mean(sums)
 
@@ -253,8 +156,8 @@ def fill(typing: Any, frame: Any, panel: Any) -> Any:
         with cgutils.for_range(builder, frame.taps) as loop:
             border = frame.polynomial(loop.index)
             for place, goal in zip(frame.places_of(loop.index), frame.row(loop.index), strict=True):
-                u = _load(builder, frame.planes, place)
-                _store(panel, goal, frame.quantized(u, border(u).value))
+                u = load(builder, frame.planes, place)
+                store(panel, goal, frame.quantized(u, border(u).value))
         return context.get_dummy_value()
 
     return types.void(frame, types.uintp), generate
@@ -270,15 +173,15 @@ def fill_fused(typing: Any, frame: Any, panel: Any) -> Any:
         with cgutils.for_range(builder, frame.taps) as loop:
             places, row = frame.places_of(loop.index), frame.row(loop.index)
             for place, goal, border in zip(places, row, borders, strict=True):
-                u = _load(builder, frame.planes, place)
-                _store(panel, goal, frame.quantized(u, border))
+                u = load(builder, frame.planes, place)
+                store(panel, goal, frame.quantized(u, border))
         return context.get_dummy_value()
 
     return types.void(frame, types.uintp), generate
 
 
-def _add(builder: Builder, base: Value, index: Value, lanes: _Lanes) -> None:
-    _store(base, index, _load(builder, base, index) + lanes)
+def _add(builder: Builder, base: Value, index: Value, lanes: Lanes) -> None:
+    store(base, index, load(builder, base, index) + lanes)
 
 
 class _Totals:
@@ -287,18 +190,18 @@ class _Totals:
     def __init__(self, builder: Builder, totals: Value, tap: Value) -> None:
         self.builder, self.base = builder, totals
         self.first = builder.mul(tap, _I64(TERMS * LANES))
-        self.sums: dict[int, _Lanes] = {}
+        self.sums: dict[int, Lanes] = {}
 
     def _place(self, term: int) -> Value:
         return self.builder.add(self.first, _I64(LANES * term))
 
-    def before(self, term: int) -> _Lanes:
-        return self.sums[term] if term in self.sums else _load(self.builder, self.base, self._place(term))
+    def before(self, term: int) -> Lanes:
+        return self.sums[term] if term in self.sums else load(self.builder, self.base, self._place(term))
 
-    def add_product(self, term: int, left: _Lanes, right: _Lanes) -> None:
+    def add_product(self, term: int, left: Lanes, right: Lanes) -> None:
         self.sums[term] = left.times(right, self.before(term))
 
-    def add_powers(self, to_z: _Lanes, u: _Lanes) -> None:
+    def add_powers(self, to_z: Lanes, u: Lanes) -> None:
         """Add what the coefficients get from a gradient of the polynomial."""
         to_u = to_z * u
         self.sums[B0] = self.before(B0) + to_z
@@ -307,7 +210,7 @@ class _Totals:
 
     def store(self) -> None:
         for term, lanes in self.sums.items():
-            _store(self.base, self._place(term), lanes)
+            store(self.base, self._place(term), lanes)
 
 
 @intrinsic
@@ -329,9 +232,9 @@ def spread(typing: Any, frame: Any, panel: Any, pixels: Any, totals: Any) -> Any
             border = frame.polynomial(loop.index)
             total = _Totals(builder, totals, loop.index)
             for place, source in zip(frame.places_of(loop.index), frame.row(loop.index), strict=True):
-                u = _load(builder, frame.planes, place)
+                u = load(builder, frame.planes, place)
                 found = border(u)
-                gradient = _load(builder, panel, source)
+                gradient = load(builder, panel, source)
                 _add(builder, pixels, place, gradient)
                 total.add_product(RESIDUAL, gradient, _rounded(u, found.value) - u)
                 total.add_powers(gradient * found.slope, u)
@@ -348,13 +251,13 @@ def spread_fused(typing: Any, frame: Any, panel: Any, pixels: Any, totals: Any) 
     def generate(context: Any, builder: Builder, signature: Any, arguments: Any) -> Value:
         frame, (panel, pixels, totals) = _Frame(builder, arguments[0]), arguments[1:]
         means = frame.fused()
-        gathered = _Sums(builder, VECTORS)
+        gathered = Sums(builder, VECTORS)
         with cgutils.for_range(builder, frame.taps) as loop:
             places, row = frame.places_of(loop.index), frame.row(loop.index)
             total = _Totals(builder, totals, loop.index)
             for vector, (place, source) in enumerate(zip(places, row, strict=True)):
-                u, mean = _load(builder, frame.planes, place), means[vector]
-                gradient = _load(builder, panel, source)
+                u, mean = load(builder, frame.planes, place), means[vector]
+                gradient = load(builder, panel, source)
                 _add(builder, pixels, place, gradient)
                 total.add_product(RESIDUAL, gradient, _rounded(u, _clipped(mean)) - u)
                 gathered[vector] = gathered[vector] + gradient
@@ -364,10 +267,10 @@ def spread_fused(typing: Any, frame: Any, panel: Any, pixels: Any, totals: Any) 
             for share, mean in zip(frame.mean(gathered), means, strict=True)
         ]
         with cgutils.for_range(builder, frame.taps) as loop:
-            border, weight = frame.polynomial(loop.index), _copied(builder, frame.weights, loop.index)
+            border, weight = frame.polynomial(loop.index), copied(builder, frame.weights, loop.index)
             total = _Totals(builder, totals, loop.index)
             for vector, place in enumerate(frame.places_of(loop.index)):
-                u = _load(builder, frame.planes, place)
+                u = load(builder, frame.planes, place)
                 found = border(u)
                 total.add_product(WEIGHT, shares[vector], found.value)
                 total.add_powers(shares[vector] * weight * found.slope, u)
@@ -395,11 +298,11 @@ def turn(typing: Any, source: Any, target: Any, rows: Any) -> Any:
         with cgutils.for_range(builder, arguments[2]) as loop:
             below = builder.mul(pitch, loop.index)
             for vector, start in enumerate(starts):
-                value = _load(builder, source, builder.add(start, below)).value
+                value = load(builder, source, builder.add(start, below)).value
                 for lane in range(LANES):
                     place = builder.add(builder.mul(width, _I64(vector * LANES + lane)), loop.index)
                     number = builder.extract_element(value, _I32(lane))
-                    builder.store(number, _pointer(builder, target, place, _F32), align=4)
+                    builder.store(number, pointer(builder, target, place, _F32), align=4)
         return context.get_dummy_value()
 
     return types.void(source, target, types.intp), generate
@@ -426,12 +329,12 @@ def _product(rows: int, vectors: int, add: bool) -> Any:
             for row in range(rows)
             for vector in range(vectors)
         ]
-        sums = _Sums(builder, rows * vectors)
+        sums = Sums(builder, rows * vectors)
         with cgutils.for_range(builder, terms) as loop:
             below = builder.mul(right_pitch, loop.index)
-            columns = [_load(builder, right, builder.add(source, below)) for source in sources]
+            columns = [load(builder, right, builder.add(source, below)) for source in sources]
             for row in range(rows):
-                factor = _copied(builder, left, builder.add(builder.mul(left_pitch, _I64(row)), loop.index))
+                factor = copied(builder, left, builder.add(builder.mul(left_pitch, _I64(row)), loop.index))
                 for vector, column in enumerate(columns):
                     place = row * vectors + vector
                     sums[place] = factor.times(column, sums[place])
@@ -439,7 +342,7 @@ def _product(rows: int, vectors: int, add: bool) -> Any:
             if add:
                 _add(builder, result, target, sums[place])
             else:
-                _store(result, target, sums[place])
+                store(result, target, sums[place])
         return context.get_dummy_value()
 
     @intrinsic
