@@ -17,7 +17,7 @@ from q_aquant import (
     rounding,
 )
 from q_aquant.journal import Journal
-from q_aquant.learners import WeightScales, quantizers, settle, settled
+from q_aquant.learners import WeightScales, quantizers, settle, settled, soft_weights
 from q_aquant.losses import DivergenceLoss
 from q_aquant.reconstruct import fork
 from q_aquant.roundings import Anchored, FixedCodes, FixedRounding, Gradual, LearnedRounding
@@ -235,3 +235,54 @@ def test_a_setup_offers_the_whole_network_as_its_only_unit() -> None:
     last = Plan((WeightScales(), ActivationScales()), loss=DivergenceLoss(4.0), iterations=6)
     _, (log,) = whole.learn(twin, last, "whole")
     assert log.error <= log.start
+
+
+# Weights of which nothing but the rounding learns
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_soft_weight_is_what_the_quantizer_finds(dtype) -> None:
+    unit = block().to(dtype)
+    WeightRounding().begin(unit)
+    plain = weights(unit)
+    with torch.no_grad():
+        for quantizer, _ in plain:
+            quantizer.rounding.logit.copy_(3 * torch.randn_like(quantizer.rounding.logit))
+    temporaries = soft_weights(unit)
+    assert len(temporaries) == len(plain)
+    for each, (quantizer, weight) in zip(temporaries, plain, strict=True):
+        assert each.module.quantizer is quantizer
+        found, expected = each.module(weight), quantizer(weight)
+        # Levels and codes below 4 in magnitude are rounded once each, in the one order or the other.
+        scale = quantizer.grid.scale.detach().max()
+        torch.testing.assert_close(found, expected, rtol=0, atol=8 * torch.finfo(dtype).eps * float(scale))
+        upstream, logit = torch.randn_like(weight), quantizer.rounding.logit
+        gradients = [torch.autograd.grad(out, logit, upstream)[0] for out in (found, expected)]
+        # The scale, against the distance of two levels up to twice as large, each rounded once.
+        torch.testing.assert_close(*gradients, rtol=16 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_a_soft_weight_leaves_the_quantizer() -> None:
+    unit = block()
+    before = [quantizer for quantizer, _ in weights(unit)]
+    learning = WeightRounding().begin(unit)
+    temporaries = soft_weights(unit) + learning.temporaries
+    assert not weights(unit)
+    with settled(temporaries):
+        assert [quantizer for quantizer, _ in weights(unit)] == before
+        assert all(isinstance(quantizer.rounding, FixedRounding) for quantizer in before)
+    assert not weights(unit)
+    assert all(isinstance(quantizer.rounding, LearnedRounding) for quantizer in before)
+    settle(temporaries)
+    assert [quantizer for quantizer, _ in weights(unit)] == before
+
+
+def test_a_weight_whose_scale_learns_is_found_anew_in_every_step() -> None:
+    unit = block()
+    WeightScales().begin(unit)
+    WeightRounding().begin(unit)
+    assert not soft_weights(unit)
+
+
+def test_a_weight_that_does_not_learn_is_found_by_its_quantizer() -> None:
+    assert not soft_weights(block())

@@ -150,3 +150,25 @@ def test_the_divergence_fits_the_unit_that_ends_with_the_logits() -> None:
         expected = plan.loss.error(found(images()[40:]), folded(images()[40:]))
     # The mean of one batch, in float64 from float32 logits.
     assert log.error == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4, 2), (4, 7), (6,)])
+def test_the_squared_error_has_the_value_and_the_gradient_of_its_parts(shape) -> None:
+    output = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(shape, dtype=torch.float64)
+    channels = shape[1] if len(shape) > 1 else 1
+    expected = (output - target).square().mean() * channels
+    found = PowerLoss()(output, target)
+    # A sum of up to 120 squares, and its root, in another order.
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+    gradients = [torch.autograd.grad(3 * loss, output)[0] for loss in (found, expected)]
+    # Three products, each rounded once.
+    torch.testing.assert_close(*gradients, rtol=1e-15, atol=0)
+
+
+def test_the_squared_error_of_what_is_right_is_zero_and_pulls_nowhere() -> None:
+    output = torch.ones(2, 3, 4, 4, requires_grad=True)
+    loss = PowerLoss()(output, torch.ones(2, 3, 4, 4))
+    (gradient,) = torch.autograd.grad(loss, output)
+    torch.testing.assert_close(loss.detach(), torch.zeros(()), rtol=0, atol=0)
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=0)

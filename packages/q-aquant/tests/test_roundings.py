@@ -9,14 +9,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from q_aquant.roundings import (
+    GAMMA,
+    ZETA,
     FixedRounding,
     Gradual,
     LearnedRounding,
+    SoftWeight,
     annealed_beta,
     gradual_influence,
     rounding_penalty,
 )
-from q_core import NearestEven, RangeError, ShapeError, UniformGrid
+from q_core import NearestEven, Quantizer, RangeError, ShapeError, UniformGrid
+from q_core.errors import SpecError
 from q_core.testing import check_rounding
 
 exact = {"rtol": 0, "atol": 0}
@@ -158,6 +162,39 @@ def test_a_weight_just_below_an_integer_can_be_learned(dtype: torch.dtype) -> No
     torch.testing.assert_close(soft, u, rtol=0, atol=4 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_share_has_the_gradient_of_its_parts_and_a_clip_that_is_closed(dtype: torch.dtype) -> None:
+    # Among others 101 logits around each end, a last place apart.
+    near = torch.tensor(math.log(11), dtype=dtype) * (1 + torch.arange(-50, 51, dtype=dtype) * torch.finfo(dtype).eps)
+    logit = torch.cat([torch.linspace(-4, 4, 1001, dtype=dtype), near, -near])
+    rounding = LearnedRounding(torch.zeros_like(logit))
+    with torch.no_grad():
+        rounding.logit.copy_(logit)
+    sigmoid = torch.sigmoid(logit)
+    stretched = (ZETA - GAMMA) * sigmoid + GAMMA  # the difference is not 1.2 in float64
+    inside = (stretched >= 0) & (stretched <= 1)
+    assert bool((stretched == 1).any())
+    (found,) = torch.autograd.grad(rounding.share().sum(), rounding.logit)
+    assert torch.equal(found != 0, inside)
+    # Products of numbers up to 1.2 in another order: a few roundings.
+    torch.testing.assert_close(found, 1.2 * sigmoid * (1 - sigmoid) * inside, rtol=4 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_an_element_on_a_level_can_leave_it() -> None:
+    # In float32, of which weights are, its share is exactly 0.
+    rounding = LearnedRounding.of(torch.tensor([-2.0, 0.0, 3.0]))
+    torch.testing.assert_close(rounding.share().detach(), torch.zeros(3), **exact)
+    (found,) = torch.autograd.grad(rounding.share().sum(), rounding.logit)
+    # 1.2 * 1/12 * 11/12, a sigmoid and three products away; the sigmoid multiplies the error of the logit by 2.2.
+    torch.testing.assert_close(found, torch.full((3,), 11 / 120), rtol=8 * torch.finfo(torch.float32).eps, atol=0)
+
+
+def test_a_soft_weight_takes_a_rounding_that_learns() -> None:
+    grid = UniformGrid(torch.ones(1), qmin=-2, qmax=1)
+    with pytest.raises(SpecError, match="a NearestEven in a soft weight: it takes a LearnedRounding"):
+        SoftWeight(Quantizer(grid), torch.zeros(3), torch.ones(3))
+
+
 # Penalty and schedule
 
 
@@ -184,6 +221,16 @@ def test_the_penalty_drives_every_element_to_its_nearer_end() -> None:
     share = torch.tensor([0.1, 0.4, 0.6, 0.9], dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(rounding_penalty(share, 2.0), share)
     torch.testing.assert_close(gradient.sign(), torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=torch.float64), **exact)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0, 11.3, torch.tensor(11.3, dtype=torch.float64)])
+def test_the_penalty_has_the_gradient_of_its_parts(beta: float | Tensor) -> None:
+    share = torch.cat([torch.linspace(0, 1, 21, dtype=torch.float64), torch.tensor([0.3, 0.7], dtype=torch.float64)])
+    (found,) = torch.autograd.grad(3 * rounding_penalty(share.requires_grad_(), beta), share)
+    distance = 2 * share.detach() - 1
+    expected = -6 * beta * distance.abs().pow(beta - 1) * distance.sign()
+    # A power less one and a quotient: what the logarithm, of at most 40 in magnitude, loses in its last place.
+    torch.testing.assert_close(found, torch.where(distance == 0, 0, expected), rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize(

@@ -140,6 +140,8 @@ class Cache(abc.ABC):
         low, high = (int(each) for each in indices.aminmax())
         if low < 0 or high >= self.count:
             raise RangeError(f"index {low if low < 0 else high} of a cache of {self.count} samples")
+        if self._complete:
+            return
         missing = indices[~self._written[indices]]
         if missing.numel():
             raise StateError(f"sample {int(missing[0])} was not written: write all samples before reading them")

@@ -72,7 +72,9 @@ def mix(
     if probability in (0, 1):
         return quantized if probability else original
     # Exact at both ends, and on a CPU several times faster than torch.where, which reads its condition byte by byte.
-    return torch.lerp(original, quantized, draws.keep(quantized, probability).to(quantized.dtype))
+    # So is the conversion, of bytes instead of bools.
+    own = draws.keep(quantized, probability).view(torch.uint8).to(quantized.dtype)
+    return torch.lerp(original, quantized, own)
 
 
 @final

@@ -23,6 +23,7 @@ from q_aquant.roundings import (
     FixedRounding,
     Gradual,
     LearnedRounding,
+    SoftWeight,
     annealed_beta,
     gradual_influence,
     rounding_penalty,
@@ -334,6 +335,27 @@ def drop_inside(unit: nn.Module, probability: float, draws: Draws) -> list[Tempo
             drop = RandomDrop(quantizer, probability, draws)
             setattr(owner, name, drop)
             temporaries.append(Temporary(owner, name, drop, partial(_itself, quantizer)))
+    return temporaries
+
+
+def soft_weights(unit: nn.Module) -> list[Temporary]:
+    """Find once what does not change about the weights of the unit of which nothing but the rounding learns.
+
+    Args:
+        unit: Changed in place, after the learners have begun.
+    """
+    temporaries = []
+    for owner, name, quantizer, weight in list(quantizers(unit)):
+        grid, rounding = quantizer.grid, quantizer.rounding
+        learns = isinstance(rounding, LearnedRounding) and not any(p.requires_grad for p in grid.parameters())
+        if weight is None or not learns:
+            continue
+        down = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+        with torch.no_grad():
+            lower, upper = (grid.fake_quantize(weight, FixedRounding(up)) for up in (down, ~down))
+        soft = SoftWeight(quantizer, lower, upper)
+        setattr(owner, name, soft)
+        temporaries.append(Temporary(owner, name, soft, partial(_itself, quantizer)))
     return temporaries
 
 

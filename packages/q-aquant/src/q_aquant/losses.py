@@ -6,12 +6,14 @@ penalty of learned rounding, which is weighed against it, has one scale for conv
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from q_core.errors import RangeError
@@ -83,6 +85,9 @@ class PowerLoss(Loss):
     Raises:
         RangeError: An exponent that is not positive.
 
+    Gradient:
+        To the output; to the target too if the exponent is not 2.
+
     Source:
         Li et al. 2021 (BRECQ), arXiv:2102.05426; Wei et al. 2022 (QDrop), arXiv:2203.05740, as released.
     """
@@ -99,9 +104,32 @@ class PowerLoss(Loss):
     ) -> Float[Tensor, ""]:
         """Return the loss."""
         if self.p == 2:
-            # The mean over everything, in one pass that keeps no error; then the sum over channels instead.
-            return F.mse_loss(output, target) * (output.shape[1] if output.ndim > 1 else 1)
+            squared: Tensor = _SquaredError.apply(output, target)  # type: ignore[no-untyped-call]
+            return squared
         return _reduce((output - target).abs().pow(self.p))
+
+
+class _SquaredError(torch.autograd.Function):
+    """The squared error, summed over channels: three passes forth and back, where `mse_loss` takes twice the time."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, target: Tensor) -> Tensor:
+        error = output - target
+        ctx.save_for_backward(error)
+        # Divided before it is squared, so that no dtype overflows by the number of elements.
+        length: Tensor = torch.linalg.vector_norm(error)
+        return (length / math.sqrt(_averaged(error))).square()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        error: Tensor = ctx.saved_tensors[0]
+        return error * (grad * (2 / _averaged(error))), None
+
+
+def _averaged(error: Tensor) -> int:
+    """Count what a loss averages over: everything but the channels."""
+    return error.numel() // (error.shape[1] if error.ndim > 1 else 1)
 
 
 @final

@@ -25,7 +25,17 @@ from q_aquant.drop import Draws, mix
 from q_aquant.forms import Form, ordinary
 from q_aquant.journal import Journal
 from q_aquant.layers import PatchConv2d
-from q_aquant.learners import Learning, Temporary, drop_inside, falling, quantizers, settle, settled
+from q_aquant.learners import (
+    Learning,
+    Temporary,
+    drop_inside,
+    falling,
+    quantizers,
+    settle,
+    settled,
+    soft_weights,
+)
+from q_aquant.losses import Loss
 from q_aquant.plan import Calibration, Look, Plan, UnitLog
 from q_aquant.starts import Sight
 from q_aquant.tails import UnitTail
@@ -171,8 +181,9 @@ class _Engine:
         learnings = [learner.begin(working) for learner in self.plan.learners]
         temporaries = [each for learning in learnings for each in learning.temporaries]
         draws = Draws(generator, self.rank, self.world)
-        # The outermost first: what drops sits around the quantizers whose roundings learn.
-        return working, learnings, drop_inside(working, self.plan.drop, draws) + temporaries
+        # The outermost first: what drops, or is soft, sits around the quantizers whose roundings learn.
+        around = drop_inside(working, self.plan.drop, draws) + soft_weights(working)
+        return working, learnings, around + temporaries
 
     def _activations(self, unit: Unit) -> _Activations:
         images = self.calibration.images
@@ -288,6 +299,8 @@ class _Course:
         self.best: list[Tensor] | None = None
         self.best_error, self.best_iteration = math.inf, 0
         self.tail = UnitTail(engine.model, unit, engine.before)
+        # Most losses do not, and a batch of images is more than many a unit has at its input.
+        self.looks_further = type(engine.plan.loss).further is not Loss.further
 
     def run(self) -> str:
         """Take all steps; return `learned`, or why they were stopped."""
@@ -322,9 +335,10 @@ class _Course:
         weights = None if importance is None else importance.read(rows)
         output, target = self.working(x), self.activations.target.read(rows)
         loss = plan.loss(output, target, weights)
-        images = self.engine.calibration.images
-        further = plan.loss.further(images[rows.to(images.device)], output, target, self.tail)
-        loss = loss if further is None else loss + further
+        if self.looks_further:
+            images = self.engine.calibration.images
+            further = plan.loss.further(images[rows.to(images.device)], output, target, self.tail)
+            loss = loss if further is None else loss + further
         penalties = [value for learning in self.learnings if (value := learning.penalty()) is not None]
         penalty = torch.stack(penalties).sum() if penalties else torch.zeros_like(loss)
         # Asks for these gradients only: none is computed for weights and biases, which the float model shares.

@@ -2,8 +2,8 @@ r"""Rounding that learns, and rounding that has learned.
 
 A weight may go to either of its two neighbouring levels. `LearnedRounding` holds a number for each weight and lets
 gradient descent choose, softly at first; `FixedRounding` is what it decided. They are two types: a model that was
-reconstructed holds the second, and nothing has to be switched. `Gradual` lets any rounding in by degrees while
-something else learns.
+reconstructed holds the second, and nothing has to be switched. `SoftWeight` stands in for the quantizer of a weight
+while nothing but its rounding learns. `Gradual` lets any rounding in by degrees while something else learns.
 """
 
 from collections.abc import Mapping
@@ -12,8 +12,10 @@ from typing import Any, final
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from q_core.errors import RangeError, ShapeError
+from q_core import Quantizer
+from q_core.errors import RangeError, ShapeError, SpecError
 from q_core.functional import straight_through
 from q_core.rounding import Rounding
 
@@ -147,7 +149,8 @@ class LearnedRounding(Rounding):
         RangeError: A fraction outside [0, 1).
 
     Gradient:
-        To $V$: that of $h$. To `u`: 1 (straight-through), which is of use only if the scale learns as well.
+        To $V$: that of $h$, whose ends count as inside the clip: in float32, an element on a level starts at one. To
+        `u`: 1 (straight-through), which is of use only if the scale learns as well.
 
     Source:
         Nagel et al. 2020 (AdaRound), arXiv:2004.10568, eq. 22 and 23.
@@ -176,7 +179,8 @@ class LearnedRounding(Rounding):
 
     def share(self) -> Float[Tensor, "*shape"]:
         """Return $h(V)$: how far each element goes up, in [0, 1]."""
-        return torch.clamp((ZETA - GAMMA) * torch.sigmoid(self.logit) + GAMMA, 0, 1)
+        share: Tensor = _RectifiedSigmoid.apply(self.logit)  # type: ignore[no-untyped-call]
+        return share
 
     def forward(self, u: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Return a point between `floor(u)` and `floor(u) + 1`.
@@ -192,6 +196,63 @@ class LearnedRounding(Rounding):
         return FixedRounding(self.logit.detach() >= 0)
 
 
+class _RectifiedSigmoid(torch.autograd.Function):
+    """The share of `LearnedRounding`, in fewer passes than its parts take, and with a derivative at both ends."""
+
+    @staticmethod
+    def forward(ctx: Any, logit: Tensor) -> Tensor:
+        sigmoid = torch.sigmoid(logit)
+        stretched = (ZETA - GAMMA) * sigmoid + GAMMA
+        ctx.save_for_backward(sigmoid, stretched)
+        return stretched.clamp(0, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        sigmoid, stretched = ctx.saved_tensors
+        slope: Tensor = torch.ops.aten.sigmoid_backward(grad, sigmoid).mul_(ZETA - GAMMA)
+        # One pass for a clip, instead of four, but its ends are open: they are set to the next numbers outside. Close
+        # to 0 that is one that a difference of numbers as large as GAMMA cannot be.
+        info = torch.finfo(slope.dtype)
+        inside: Tensor = torch.ops.aten.hardtanh_backward(slope, stretched, -info.tiny, 1 + info.eps)
+        return inside
+
+
+@final
+class SoftWeight(nn.Module):
+    r"""A weight between two levels: $w_0 + h(V)\,(w_1 - w_0)$.
+
+    For the time of learning it sits in the slot of a weight whose rounding alone learns, around the quantizer, which
+    then goes back into the slot. The quantizer finds the same from the weight; but the levels do not change, and a step
+    is spared to find them again.
+
+    Args:
+        quantizer: The quantizer; its rounding is a `LearnedRounding`.
+        lower: The level of each element that goes down, in the units of the weight.
+        upper: The level of each element that goes up.
+
+    Gradient:
+        To $V$: the distance of the levels times that of $h$. None to the weight.
+
+    Source:
+        Nagel et al. 2020 (AdaRound), arXiv:2004.10568, eq. 22.
+    """
+
+    def __init__(self, quantizer: Quantizer, lower: Float[Tensor, "*shape"], upper: Float[Tensor, "*shape"]) -> None:
+        super().__init__()
+        if not isinstance(quantizer.rounding, LearnedRounding):
+            raise SpecError(f"a {type(quantizer.rounding).__name__} in a soft weight: it takes a LearnedRounding")
+        self.quantizer, self.rounding = quantizer, quantizer.rounding
+        self.lower: Tensor
+        self.upper: Tensor
+        self.register_buffer("lower", lower, persistent=False)
+        self.register_buffer("upper", upper, persistent=False)
+
+    def forward(self, weight: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+        """Return the weight on its way, in the dtype of `weight`."""
+        return torch.lerp(self.lower, self.upper, self.rounding.share()).to(weight.dtype)
+
+
 def rounding_penalty(share: Float[Tensor, "*shape"], beta: float | Float[Tensor, ""]) -> Float[Tensor, ""]:
     r"""Return $\sum (1 - |2h - 1|^\beta)$: how many elements are undecided.
 
@@ -205,7 +266,28 @@ def rounding_penalty(share: Float[Tensor, "*shape"], beta: float | Float[Tensor,
     Source:
         Nagel et al. 2020, arXiv:2004.10568, eq. 24.
     """
-    return (1 - (2 * share - 1).abs().pow(beta)).sum()
+    undecided: Tensor = _Undecided.apply(share, beta)  # type: ignore[no-untyped-call]
+    return undecided
+
+
+class _Undecided(torch.autograd.Function):
+    """`rounding_penalty`, with one power for both passes: powers are what takes the time."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, beta: float | Tensor) -> Tensor:
+        distance = 2 * share - 1
+        power = distance.abs().pow(beta)
+        ctx.save_for_backward(distance, power, beta if isinstance(beta, Tensor) else None)
+        ctx.beta = beta if not isinstance(beta, Tensor) else None
+        return (1 - power).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        distance, power, beta = ctx.saved_tensors
+        # Half-way there is no nearer end: 0 / 1.
+        slope = power / (distance + (distance == 0).to(distance.dtype))
+        return slope.mul_(-2 * grad * (ctx.beta if beta is None else beta)), None
 
 
 def annealed_beta(progress: float, *, start: float = 20.0, end: float = 2.0, warmup: float = 0.2) -> float:
