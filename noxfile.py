@@ -179,8 +179,10 @@ ACCURACY = {
     "adder-deit": "adder_deit.py",
     "adder-qat": "adder_qat.py",
     "reconstruction": "reconstruction.py",
+    "reconstruction-past": "reconstruction_past.py",
+    "qat": "qat.py",
 }
-SPEED = {"quantizers": "run.py", "adder": "adder.py", "reconstruction": "reconstruction.py"}
+SPEED = {"quantizers": "run.py", "adder": "adder.py", "reconstruction": "reconstruction.py", "nulsq": "nulsq.py"}
 
 
 def scripts(session: nox.Session, suites: Mapping[str, str]) -> tuple[list[str], list[str]]:

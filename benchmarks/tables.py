@@ -21,6 +21,7 @@ BITS = ("W8A8", "W6A6", "W4A4", "W3A3", "W2A4")
 EMPTY = "No rows yet."
 ADDER = "adder-"  # what the benchmarks of adder layers are called begins so
 RECONSTRUCTION = "reconstruction-"  # and those of reconstruction
+NULSQ = "nulsq-"  # and those of learned steps
 
 Row = dict[str, Any]
 
@@ -79,7 +80,7 @@ def adder_accuracy() -> str:
     def cell(row: Row) -> tuple[Any, ...]:
         return row["network"], row["settings"].get("variant"), row["settings"].get("alpha"), bits(row), row["seed"]
 
-    rows = [row for row in read("accuracy", cell) if "variant" in row["settings"]]
+    rows = [row for row in read("accuracy", cell) if "variant" in row["settings"] and not is_qat(row)]
     sections = []
     for network in dict.fromkeys(row["network"] for row in rows):
         own = [row for row in rows if row["network"] == network]
@@ -117,7 +118,8 @@ def reconstruction_accuracy() -> str:
         settings = row["settings"]
         return row["network"], settings.get("method"), settings.get("iterations"), bits(row), row["seed"]
 
-    rows = [row for row in read("accuracy", cell) if "method" in row["settings"]]
+    found = read("accuracy", cell)
+    rows = [row for row in found if "method" in row["settings"] and not row["settings"].get("past")]
     sections = []
     for network in dict.fromkeys(row["network"] for row in rows):
         own = [row for row in rows if row["network"] == network]
@@ -143,6 +145,111 @@ def reconstruction_accuracy() -> str:
             "\n".join(["```console", *dict.fromkeys(row["command"] for row in own), "```"]),
         ]
     return "\n\n".join(sections) or EMPTY
+
+
+def is_qat(row: Row) -> bool:
+    """Tell whether `accuracy/qat.py` wrote a row: only there what quantizers learn has a learning rate of its own."""
+    return "step_lr" in row["settings"]
+
+
+BUDGET = ("steps", "batch", "lr", "step_lr", "weight_decay", "warmup", "frozen_norms", "precision")
+
+
+def qat_accuracy() -> str:
+    """One section per network, in it a table per budget: variants down, bits across."""
+
+    def cell(row: Row) -> tuple[Any, ...]:
+        settings = row["settings"]
+        named = (row["dataset"], row["network"], row["method"], settings.get("variant"), bits(row), row["seed"])
+        return (*named, *(settings.get(name) for name in BUDGET))
+
+    every = read("accuracy", cell)
+    rows = [row for row in every if is_qat(row)]
+    sections = []
+    for dataset, network in dict.fromkeys((row["dataset"], row["network"]) for row in rows):
+        own = [row for row in rows if (row["dataset"], row["network"]) == (dataset, network)]
+        checkpoints = {row["checkpoint_sha256"] for row in own}
+        exact = distinct(
+            f"{row['value']:.2f}"
+            for row in every
+            if row["method"] == "float" and row["dataset"] == dataset and row["checkpoint_sha256"] in checkpoints
+        )
+        sections.append(f"### {network}, trained" + (", on held-out images" if dataset.endswith("held out") else ""))
+        for budget in dict.fromkeys(tuple(row["settings"][name] for name in BUDGET) for row in own):
+            some = [row for row in own if tuple(row["settings"][name] for name in BUDGET) == budget]
+            cells: dict[tuple[str, str], list[float]] = {}
+            for row in some:
+                cells.setdefault((row["settings"]["variant"], bits(row)), []).append(row["value"])
+            across = sorted({key[1] for key in cells})
+            lines = [
+                [name, *(mean_and_spread(cells.get((name, each), [])) for each in across)]
+                for name in dict.fromkeys(name for name, _ in cells)
+            ]
+            seeds = distinct(row["seed"] for row in some)
+            sections += [
+                f"{described(dict(zip(BUDGET, budget, strict=True)))} Seeds: {seeds}"
+                + ("; where there is one figure, one of them." if "," in seeds else "."),
+                table(["variant", *across], lines, left=1),
+                "\n".join(["```console", *dict.fromkeys(row["command"] for row in some), "```"]),
+            ]
+        sections += [
+            f"Top-1 accuracy in percent on {distinct(row['samples'] for row in own)} images of {dataset}, "
+            f"mean over seeds with the least and the largest. Float: {exact or 'not measured'}. "
+            "First and last layer: 8 bits. "
+            f"Calibration images: {distinct(row['settings']['calibration_images'] for row in own)}. "
+            f"Float checkpoint: {distinct(each[:12] for each in checkpoints)}. Commit: {commits(own)}.",
+            "Stays float: " + "; ".join(by_kind(own)) + ".",
+            machine(own),
+        ]
+    return "\n\n".join(sections) or EMPTY
+
+
+def described(budget: dict[str, Any]) -> str:
+    """Say what every row of a table was given."""
+    images = budget["steps"] * budget["batch"]
+    text = (
+        f"{budget['steps']:,} steps of {budget['batch']} images, {images:,} in all; learning rates {budget['lr']:g} "
+        f"for weights and {budget['step_lr']:g} for what quantizers learn, weight decay {budget['weight_decay']:g}, "
+        f"{budget['warmup']} steps of warm-up"
+    )
+    text += ", statistics of batch norms as in the float network" if budget["frozen_norms"] else ""
+    return text + ("." if budget["precision"] == "float32" else f", computed in {budget['precision']}.")
+
+
+def reconstruction_past() -> str:
+    """One line per part on top of AQuant: accuracy on images that judge, and the difference from the base, per seed."""
+
+    def cell(row: Row) -> tuple[Any, ...]:
+        return row["dataset"], row["settings"].get("method"), row["settings"].get("iterations"), row["seed"]
+
+    rows = [row for row in read("accuracy", cell) if row["settings"].get("past")]
+    if not rows:
+        return EMPTY
+    values = {(row["settings"]["method"], row["seed"]): row["value"] for row in rows}
+    names = list(dict.fromkeys(name for name, _ in values))
+    seeds = sorted({seed for _, seed in values})
+    base = names[0]
+    lines = []
+    for name in names:
+        shown_values = [f"{values[name, seed]:.2f}" if (name, seed) in values else "" for seed in seeds]
+        gains = [
+            f"{values[name, seed] - values[base, seed]:+.2f}" if {(name, seed), (base, seed)} <= values.keys() else ""
+            for seed in seeds
+        ]
+        lines.append([name, *shown_values, *(gains if name != base else [""] * len(seeds))])
+    head = ["variant", *(f"seed {seed}" for seed in seeds), *(f"difference, seed {seed}" for seed in seeds)]
+    return "\n\n".join(
+        [
+            table(head, lines, left=1),
+            f"Top-1 accuracy of {distinct(row['network'] for row in rows)} at W2A2 in percent on "
+            f"{distinct(row['samples'] for row in rows)} images of {distinct(row['dataset'] for row in rows)}, which "
+            "the float network was trained on. "
+            f"Steps for each unit: {distinct(row['settings']['iterations'] for row in rows)}. "
+            f"Float checkpoint: {distinct(row['checkpoint_sha256'][:12] for row in rows)}. Commit: {commits(rows)}.",
+            machine(rows),
+            "\n".join(["```console", *dict.fromkeys(row["command"] for row in rows), "```"]),
+        ]
+    )
 
 
 def by_kind(rows: list[Row]) -> list[str]:
@@ -210,7 +317,7 @@ def speed() -> str:
     """One table of all comparisons."""
     names = ("benchmark", "case", "peer", "threads", "device")
     rows = read("speed", lambda row: tuple(row.get(name) for name in names))
-    rows = [row for row in rows if not row["benchmark"].startswith((ADDER, RECONSTRUCTION))]
+    rows = [row for row in rows if not row["benchmark"].startswith((ADDER, RECONSTRUCTION, NULSQ))]
     if not rows:
         return EMPTY
     lines = [
@@ -314,6 +421,81 @@ def reconstruction_speed() -> str:
     return "\n\n".join([*parts, f"{images} Commit: {commits(rows)}.", machine(rows)])
 
 
+def nulsq_speed() -> str:
+    """Goals first, then one table for each kind of measurement."""
+    names = ("benchmark", "case", "ours", "bits", "peer", "threads", "device")
+    rows = [
+        row
+        for row in read("speed", lambda row: tuple(row.get(name) for name in names))
+        if row["benchmark"].startswith(NULSQ)
+    ]
+    if not rows:
+        return EMPTY
+    quantize, saved, step = (
+        [row for row in rows if row["benchmark"] == NULSQ + kind] for kind in ("quantize", "saved", "step")
+    )
+    kept = {(row["case"], row["bits"]): row for row in saved}
+    parts = [
+        nulsq_goals(rows),
+        "#### One tensor, forward and backward",
+        pairs_across(quantize, "tensor"),
+        "#### What is kept for the backward pass beyond the tensor, in bytes for each element",
+        table(
+            ["tensor", "bits", "ours", distinct(row["peer"] for row in saved)],
+            [[case, str(b), f"{row['ours_bytes']:.3g}", f"{row['peer_bytes']:.3g}"] for (case, b), row in kept.items()],
+            left=1,
+        ),
+        "#### One step of training",
+        pairs_across(step, "network"),
+        f"Commit: {commits(rows)}.",
+        machine(rows),
+    ]
+    return "\n\n".join(parts)
+
+
+def pairs_across(rows: list[Row], first: str) -> str:
+    """One line for each case, bits and threads; across, each of ours with its time and how much faster than a peer."""
+    pairs = list(dict.fromkeys((row["ours"], row["peer"]) for row in rows))
+    lines: dict[tuple[Any, ...], list[str]] = {}
+    for row in rows:
+        line = [row["case"], str(row["bits"]), row["kernel"], str(row["threads"]), *[""] * len(pairs)]
+        line = lines.setdefault((row["case"], row["bits"], row["threads"]), line)
+        line[4 + pairs.index((row["ours"], row["peer"]))] = f"{1e3 * row['ours_seconds']:.3g} ms, {factor(row)}"
+    head = [first, "bits", "kernel", "threads", *(f"{ours}, vs {peer}" for ours, peer in pairs)]
+    return table(head, list(lines.values()), left=1)
+
+
+def nulsq_goals(rows: list[Row]) -> str:
+    """One line for each goal: what it asks for, what was measured, and where it was missed."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        if row["target"] is not None:
+            groups.setdefault((row["benchmark"], row["ours"], row["peer"], row["target"]), []).append(row)
+    lines = []
+    for (benchmark, ours, peer, target), group in groups.items():
+        memory = benchmark == f"{NULSQ}saved"
+        # A ratio up to 1 is told as how many times as fast, one above as how many times as long.
+        turned = not memory and target <= 1
+        values = [row["ours_bytes"] if memory else 1 / row["ratio"] if turned else row["ratio"] for row in group]
+        asked = (
+            f"at most {target:g} byte an element"
+            if memory
+            else ("as fast or faster" if target == 1 else f"{1 / target:.3g} times as fast or more")
+            if turned
+            else f"at most {target:.3g} times as long"
+        )
+        missed = [
+            f"{row['case']}, {row['bits']} bits, {row['threads']} threads: {value:.3g}"
+            for row, value in zip(group, values, strict=True)
+            if not row["met"]
+        ]
+        kind = benchmark.removeprefix(NULSQ)
+        lines.append(
+            [f"{ours}, {kind}", "" if memory else peer, asked, shown_range(values), "; ".join(missed) or "none"]
+        )
+    return table(["ours", "peer", "goal", "measured", "missed by"], lines, left=5)
+
+
 def size(row: Row, party: str) -> str:
     if row["benchmark"].endswith("memory"):
         return f"{row[f'{party}_bytes'] / 2**20:.0f} MiB"
@@ -406,9 +588,12 @@ BLOCKS = {
     "accuracy": accuracy,
     "adder-accuracy": adder_accuracy,
     "reconstruction-accuracy": reconstruction_accuracy,
+    "reconstruction-past": reconstruction_past,
+    "qat-accuracy": qat_accuracy,
     "speed": speed,
     "adder-speed": adder_speed,
     "reconstruction-speed": reconstruction_speed,
+    "nulsq-speed": nulsq_speed,
 }
 
 if __name__ == "__main__":

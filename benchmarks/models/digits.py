@@ -8,6 +8,9 @@ from torch.nn.functional import cross_entropy, pad, relu
 
 from q_adder import AdderConv2d, AdderLearningRate, adder_weights
 from q_core import QuantAdd
+from q_nulsq import parameter_groups, project_after, warmup_cosine
+
+BATCH = 64
 
 
 class Block(nn.Module):
@@ -86,8 +89,7 @@ def train(
     Adder layers follow the rule of their own for the length of a gradient.
     """
     generator = torch.Generator().manual_seed(seed)
-    batch = 64
-    steps = epochs * -(-len(images) // batch)
+    steps = epochs * -(-len(images) // BATCH)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=weight_decay)
     if any(isinstance(module, AdderConv2d) for module in model.modules()):
         AdderLearningRate(optimizer, adder_weights(model))
@@ -95,7 +97,7 @@ def train(
     model.train()
     for epoch in range(epochs):
         total = 0.0
-        for part in torch.randperm(len(images), generator=generator).split(batch):
+        for part in torch.randperm(len(images), generator=generator).split(BATCH):
             shift = torch.randint(-1, 2, (2,), generator=generator).tolist()
             logits = model(_shifted(images[part], *shift))
             loss = cross_entropy(logits, labels[part], label_smoothing=0.1)
@@ -106,6 +108,30 @@ def train(
             total += float(loss.detach()) * len(part)
         if epoch % 5 == 4:
             say(f"epoch {epoch + 1} of {epochs}, loss {total / len(images):.3f}")
+    model.eval()
+
+
+def train_quantized(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, seed: int) -> None:
+    """Train a model with quantizers, from trained weights, on images shifted in the same way.
+
+    Momentum for weights, AdamW for what quantizers learn, one epoch of warm-up and a cosine.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    weights, norms, steps = parameter_groups(model, lr=0.04, weight_decay=5e-4, step_lr=1e-3)
+    optimizers = torch.optim.SGD([weights, norms], momentum=0.9, nesterov=True), torch.optim.AdamW([steps])
+    project_after(optimizers[1], model)
+    per_epoch = -(-len(images) // BATCH)
+    schedules = [warmup_cosine(optimizer, per_epoch, epochs * per_epoch) for optimizer in optimizers]
+    model.train()
+    for _ in range(epochs):
+        for part in torch.randperm(len(images), generator=generator).split(BATCH):
+            shift = torch.randint(-1, 2, (2,), generator=generator).tolist()
+            loss = cross_entropy(model(_shifted(images[part], *shift)), labels[part])
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            for each in (*optimizers, *schedules):
+                each.step()
     model.eval()
 
 
