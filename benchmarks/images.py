@@ -10,7 +10,6 @@ import pathlib
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 _SIDE, _PER_ROW = 32, 100
@@ -24,6 +23,8 @@ def load(directory: pathlib.Path, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mosaic(folder: pathlib.Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    from PIL import Image
+
     picture = np.asarray(Image.open(folder / f"{name}.webp").convert("RGB"))
     rows = picture.shape[0] // _SIDE
     images = picture.reshape(rows, _SIDE, _PER_ROW, _SIDE, 3).transpose(0, 2, 1, 3, 4).reshape(-1, _SIDE, _SIDE, 3)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from images import load, normalize
 from models.cifar import resnet20, resnet20v, resnet56
-from q_adder.models import load_published_resnet20
 
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -91,13 +90,19 @@ def _strictly(build: Callable[[], nn.Module]) -> Callable[[pathlib.Path], nn.Mod
     return read
 
 
+def _adder(path: pathlib.Path) -> nn.Module:
+    from q_adder.models import load_published_resnet20  # of a package that not every user of this file has
+
+    return load_published_resnet20(path)
+
+
 NETWORKS = {
     "cifar10-resnet20": Pretrained("cifar10", _strictly(resnet20), IMAGENET, 9173, "cifar10-train-1"),
     "cifar10-resnet56": Pretrained("cifar10", _strictly(resnet56), IMAGENET, 9339, "cifar10-train-1"),
     "cifar100-resnet20v": Pretrained("cifar100", _strictly(resnet20v), CIFAR100, 6969, "cifar100-train-balanced-10k"),
 }
 ADDERS = {
-    "cifar10-adder-resnet20": Pretrained("cifar10", load_published_resnet20, CIFAR10, 9182, "cifar10-train-1"),
+    "cifar10-adder-resnet20": Pretrained("cifar10", _adder, CIFAR10, 9182, "cifar10-train-1"),
 }
 
 

@@ -5,11 +5,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from q_core.checkpoint import write_atomically
+from q_core.errors import FormatError
 
 _KEY = "state"
 
@@ -23,18 +24,29 @@ def save(path: pathlib.Path, state: Mapping[str, Any]) -> None:
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
-    """Read what `save` wrote; a tuple has become a list."""
-    with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()[_KEY])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    return _given(header, tensors)
+    """Read what `save` wrote; a tuple has become a list.
+
+    Raises:
+        FormatError: The file is damaged, or another kind of file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[_KEY])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        return _given(header, tensors)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"{path} is damaged, or no snapshot ({type(error).__name__}: {error}): bring it back from a copy, or "
+            "remove it to start anew"
+        ) from error
 
 
 def _taken(state: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Put the tensors of a nested state aside, so that the rest is JSON."""
     if isinstance(state, Tensor):
-        tensors[path] = state.detach().contiguous().clone()
-        return {"tensor": path}
+        key = f"{len(tensors)}{path}"  # paths alone may be equal, as keys have dots
+        tensors[key] = state.detach().contiguous().clone()
+        return {"tensor": key}
     if isinstance(state, Mapping):
         return {"pairs": [[key, _taken(value, f"{path}.{key}", tensors)] for key, value in state.items()]}
     if isinstance(state, (list, tuple)):

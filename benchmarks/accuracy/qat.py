@@ -15,11 +15,13 @@ On a CPU the steps are few: 200 of 64 images, where the papers take 300 epochs o
 how many; the published recipe is `--steps 117000 --batch 128 --lr 0.04`, for a GPU.
 
 A run that is killed goes on where it was: with `--out` its state is kept in a file every `SAVED` steps, with the
-optimizers, the schedule and the random numbers, and a run that goes on ends bit for bit as one that was not stopped. A
-file of other settings is refused. Under torchrun each process takes its share of every batch.
+optimizers, the schedules and the random numbers, and a run that goes on ends bit for bit as one that was not stopped. A
+file of other settings is refused. Under torchrun each process takes an equal share of every batch; on a CPU each sees
+the batch norms of its own share then, unless `--frozen-norms` is given.
 """
 
 import argparse
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -41,6 +43,7 @@ from qat_variants import BITS, SEEDS, VARIANTS, Variant
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.functional import cross_entropy, pad
+from torch.nn.utils import get_total_norm
 from tqdm.auto import tqdm
 
 import snapshot
@@ -48,6 +51,7 @@ from images import load, normalize
 from networks import NETWORKS, correct, crop
 from q_core import bits_per_weight, pack
 from q_core.cli.rows import TOP1, AccuracyRow, append_jsonl, environment, float_parts, state_sha256
+from q_core.errors import QuantizationError
 from q_nulsq.distillation import distillation_loss
 from q_nulsq.monitor import check_finite, inspect
 from q_nulsq.optim import parameter_groups, project_after, warmup_cosine
@@ -93,14 +97,25 @@ class Settings:
 def main(words: list[str] | None = None) -> None:
     options = parse(words)
     ranks = Ranks()
+    if ranks.device.type == "cpu":
+        torch.set_num_threads(1)
     done = recorded(options.results) if options.resume else set()
     for settings, variant in cells(options):
         if key(dataclasses.asdict(settings)) in done:
             continue
-        row = Run(settings, variant, options, ranks).row()
+        run = Run(
+            settings,
+            variant,
+            Images.read(settings, options.data),
+            NETWORKS[settings.network].load(options.data, settings.network),
+            ranks,
+            out=options.out,
+        )
+        run.train()
+        row = judge(run, options)
         if ranks.rank == 0:
             append_jsonl(options.results, row)
-            print(f"{name(settings)}: {row.value:.2f} % of {row.samples} test images", flush=True)
+            print(f"{name(settings)}: {row.value:.2f} % of {row.samples} images of {row.dataset}", flush=True)
     ranks.close()
 
 
@@ -115,7 +130,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=64, help="of all processes together")
     parser.add_argument("--lr", type=float, default=0.01, help="of weights")
-    parser.add_argument("--step-lr", type=float, default=1e-3, help="of what quantizers learn")
+    parser.add_argument("--step-lr", type=float, default=5e-3, help="of what quantizers learn")
     parser.add_argument("--weight-decay", type=float, default=1e-4, help="of weights")
     parser.add_argument("--warmup", type=int, default=20, help="steps of warm-up")
     parser.add_argument("--frozen-norms", action="store_true", help="leave the statistics of batch norms alone")
@@ -132,7 +147,8 @@ def cells(options: argparse.Namespace) -> Iterator[tuple[Settings, Variant]]:
     for seed in options.seeds:
         for network in options.networks:
             for variant in VARIANTS:
-                wanted = seed in variant.seeds and network in variant.networks and options.only in variant.name
+                seeds = variant.seeds if network == variant.networks[0] else variant.seeds[:1]
+                wanted = seed in seeds and network in variant.networks and options.only in variant.name
                 if not wanted or options.exactly not in (None, variant.name):
                     continue
                 for bits in variant.bits:
@@ -173,12 +189,21 @@ class Ranks:
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         cuda = torch.cuda.is_available()
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu")
-        if self.size > 1:
+        if cuda:
+            torch.cuda.set_device(self.device)
+        if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
 
     def share(self, batch: Tensor) -> Tensor:
         """Return this process's part of a batch."""
         return batch.chunk(self.size)[self.rank]
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Average a number over all processes, so that all of them know it."""
+        value = value.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value / self.size
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Let gradients be averaged over processes, and batch norms see the whole batch where that exists."""
@@ -195,23 +220,40 @@ class Ranks:
 
 
 class Images:
-    """Training images of one network, cropped and flipped, some of them held out, and test images."""
+    """Training images of one network, cropped and flipped, some of them held out.
 
-    def __init__(self, network: str, data: pathlib.Path, settings: Settings) -> None:
-        self.pretrained, self.data, self.settings = NETWORKS[network], data, settings
-        hundred = self.pretrained.dataset == "cifar100"
+    Args:
+        settings: Of the run.
+        images: All training images, uint8 [n, 32, 32, 3].
+        labels: Their classes [n].
+        moments: Mean and standard deviation per channel of the network's training.
+    """
+
+    def __init__(
+        self, settings: Settings, images: Tensor, labels: Tensor, moments: tuple[tuple[float, ...], tuple[float, ...]]
+    ) -> None:
+        held = min(HELD_OUT, len(images) // 10)
+        self.settings, self.moments = settings, moments
+        self.images, self.labels = images[:-held], labels[:-held]
+        self.held_out = normalize(images[-held:].numpy(), *moments), labels[-held:]
+        if settings.batch > len(self.images):
+            raise SystemExit(f"--batch {settings.batch}: there are {len(self.images)} training images")
+
+    @classmethod
+    def read(cls, settings: Settings, data: pathlib.Path) -> "Images":
+        """Read the training images that a pretrained network goes with."""
+        pretrained = NETWORKS[settings.network]
+        hundred = pretrained.dataset == "cifar100"
         splits = ["cifar100-train-balanced-10k"] if hundred else [f"cifar10-train-{part}" for part in range(1, 6)]
         parts = [load(data, split) for split in splits]
         images, labels = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
-        held = min(HELD_OUT, len(images) // 10)
-        self.held_out = normalize(images[-held:].numpy(), *self.pretrained.moments), labels[-held:]
-        self.images, self.labels = images[:-held], labels[:-held]
+        return cls(settings, images, labels, pretrained.moments)
 
     def calibration(self) -> list[Tensor]:
         """Return batches of training images as they are."""
         generator = torch.Generator().manual_seed(self.settings.seed)
         chosen = torch.randperm(len(self.images), generator=generator)[:CALIBRATION_IMAGES]
-        return list(normalize(self.images[chosen].numpy(), *self.pretrained.moments).split(128))
+        return list(normalize(self.images[chosen].numpy(), *self.moments).split(128))
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Return the images of a step: a function of seed and step alone, so that any step can be the next."""
@@ -223,21 +265,45 @@ class Images:
         chosen = order[place * self.settings.batch : (place + 1) * self.settings.batch]
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + step)
         images = crop(pad(self.images[chosen], (0, 0, 4, 4, 4, 4)), generator)
-        return normalize(images.numpy(), *self.pretrained.moments), self.labels[chosen]
+        return normalize(images.numpy(), *self.moments), self.labels[chosen]
 
 
 class Run:
-    """One network on its way through its steps."""
+    """One network on its way through its steps.
 
-    def __init__(self, settings: Settings, variant: Variant, options: argparse.Namespace, ranks: Ranks) -> None:
-        self.settings, self.variant, self.options, self.ranks = settings, variant, options, ranks
-        self.images = Images(settings.network, options.data, settings)
-        self.float_model = self.images.pretrained.load(options.data, settings.network).to(ranks.device)
-        self.checkpoint = state_sha256(self.float_model)
+    Args:
+        settings: What the run is.
+        variant: The variant that the settings name.
+        images: What it trains on.
+        float_model: The network it starts from, in evaluation mode. Not changed.
+        ranks: The processes that train together.
+        out: Folder of the log, and of what a killed run goes on from; neither is kept when None.
+        saved: Steps between two lines of the log, and between two snapshots.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        variant: Variant,
+        images: Images,
+        float_model: nn.Module,
+        ranks: Ranks,
+        *,
+        out: pathlib.Path | None = None,
+        saved: int = SAVED,
+    ) -> None:
+        self.settings, self.variant, self.images, self.ranks = settings, variant, images, ranks
+        self.out, self.saved = out, saved
+        self.half = settings.steps // 2 if variant.from_more else 0
+        if settings.batch % ranks.size:
+            raise SystemExit(f"--batch {settings.batch} of {ranks.size} processes: they must have equal shares of it")
+        if variant.from_more and not self.half:
+            raise SystemExit(f"--steps {settings.steps} of {variant.name}: its two halves have a step each at least")
+        self.float_model = float_model.to(ranks.device)
+        self.checkpoint = state_sha256(float_model)
         torch.manual_seed(settings.seed)
         self.seconds, self.losses = 0.0, []
-        self.half = settings.steps // 2 if variant.from_more else 0
-        self.build(settings.bits + (1 if variant.from_more else 0))
+        self.build(settings.bits + (1 if self.half else 0))
 
     def build(self, bits: int) -> None:
         """Give a copy of the float network quantizers and optimizers."""
@@ -261,55 +327,70 @@ class Run:
         self.schedules = [warmup_cosine(optimizer, warmup, steps) for optimizer in self.optimizers]
         self.wrapped = self.ranks.wrap(model)
 
+    def switch(self) -> None:
+        """Merge the steps of a network of one bit more, and train what comes out for the rest of the run."""
+        policy = self.variant.from_more
+        lowered = lower_bits(self.model, self.settings.bits, activation=policy, weight=policy)
+        self.adopt(lowered, self.settings.steps - self.half)
+
     def train(self) -> None:
         """Take all steps, from where a killed run was."""
-        first = self.load()
+        first, last = self.load(), self.settings.steps
+        quiet = True if self.ranks.rank else None  # None: where nobody is watching
         begin = time.perf_counter()
-        shown = tqdm(range(first, self.settings.steps), desc=name(self.settings), disable=None)
-        for step in shown:
-            if step == self.half and self.half:
-                policy = self.variant.from_more
-                self.adopt(
-                    lower_bits(self.model, self.settings.bits, activation=policy, weight=policy),
-                    self.settings.steps - self.half,
-                )
+        for step in tqdm(range(first, last), desc=name(self.settings), disable=quiet):
+            if self.half and step == self.half:
+                self.switch()
             self.losses.append(self.step(step))
-            if (step + 1) % SAVED == 0:
+            if (step + 1) % self.saved == 0 or step + 1 == last:
                 self.log(step + 1)
                 self.seconds += time.perf_counter() - begin
                 begin = time.perf_counter()
                 self.save(step + 1)
-        self.seconds += time.perf_counter() - begin
 
     def step(self, step: int) -> float:
-        """Take one step and return the loss."""
+        """Take one step and return the loss, the mean over all processes."""
         x, y = (self.ranks.share(part).to(self.ranks.device) for part in self.images.batch(step))
         self.wrapped.train()
         if self.settings.frozen_norms:
             for module in self.model.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
                     module.eval()
-        with torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16"):
-            logits = self.wrapped(x)
-            loss = self.loss(logits.float(), x, y)
-        value = float(loss.detach())
-        if not np.isfinite(value):
-            check_finite(self.model)
-            raise SystemExit(f"{name(self.settings)}: the loss is {value} at step {step}: lower the learning rates")
         for optimizer in self.optimizers:
             optimizer.zero_grad()
+        with self.autocast():
+            logits = self.wrapped(x)
+            loss = self.loss(logits, x, y)
         loss.backward()
+        value = self.sound(loss, x, step)
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
             schedule.step()
         return value
 
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
+
+    def sound(self, loss: Tensor, x: Tensor, step: int) -> float:
+        """Return the loss, or stop and name the layer that spoils it or its gradient; all processes stop together."""
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        value, norm = torch.stack([self.ranks.mean(loss), get_total_norm(gradients).to(loss)]).tolist()
+        if not np.isfinite([value, norm]).all():
+            try:
+                with self.autocast():
+                    check_finite(self.model, loss, x)
+            except QuantizationError as error:
+                raise SystemExit(f"{name(self.settings)}: step {step}: {error}") from error
+            raise SystemExit(f"{name(self.settings)}: step {step}: loss {value}, of gradients of norm {norm}")
+        return float(value)
+
     def loss(self, logits: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        logits = wide(logits)
         if not self.variant.distill:
             return cross_entropy(logits, y)
         with torch.no_grad():
             teacher = self.float_model(x)
-        return distillation_loss(logits, teacher, y)
+        return distillation_loss(logits, wide(teacher), y)
 
     @torch.no_grad()
     def held_out(self) -> float:
@@ -320,18 +401,21 @@ class Run:
 
     def log(self, step: int) -> None:
         """Write a line: the mean loss since the last one, learning rates, accuracy, and the state of the steps."""
-        if self.ranks.rank or self.options.out is None:
+        if self.ranks.rank or self.out is None:
             return
         report = inspect(self.model, self.images.held_out[0][:256].to(self.ranks.device))
+        # Most of the 256 levels of the first and the last layer are not taken by their few weights.
+        layers = [layer for layer in report.layers if layer.counts.shape[-1] <= 2 ** (self.settings.bits + 1)]
+        recent = self.losses[(step - 1) // self.saved * self.saved :]
         line = {
             "step": step,
-            "loss": sum(self.losses[-SAVED:]) / len(self.losses[-SAVED:]),
+            "loss": sum(recent) / len(recent),
             "lr": self.schedules[0].get_last_lr()[0],
             "step_lr": self.schedules[-1].get_last_lr()[0],
             "held_out_percent": self.held_out(),
-            "collapsed_steps": sum(layer.collapsed for layer in report.layers),
-            "dead_levels": sum(layer.dead for layer in report.layers),
-            "largest_overflow": max(layer.overflow for layer in report.layers),
+            "collapsed_steps": sum(layer.collapsed for layer in layers),
+            "dead_levels": sum(layer.dead for layer in layers),
+            "largest_overflow": max((layer.overflow for layer in layers), default=0.0),
         }
         path = self.file("csv")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -341,8 +425,16 @@ class Run:
                 writer.writeheader()
             writer.writerow(line)
 
+    def forget(self, step: int) -> None:
+        """Take lines off the log that a killed run wrote after the step it goes on from."""
+        if self.ranks.rank or self.out is None or not self.file("csv").exists():
+            return
+        header, *lines = self.file("csv").read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and int(line.partition(",")[0]) <= step]
+        self.file("csv").write_text("".join([header, *kept]) if kept else "")
+
     def file(self, suffix: str) -> pathlib.Path:
-        return self.options.out / f"{name(self.settings).replace(' ', '-').replace(',', '')}.{suffix}"
+        return self.out / f"{name(self.settings).replace(' ', '-').replace(',', '')}.{suffix}"
 
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
@@ -351,29 +443,38 @@ class Run:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "schedules": [schedule.state_dict() for schedule in self.schedules],
             "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state() if self.ranks.device.type == "cuda" else None,
             "losses": self.losses,
             "seconds": self.seconds,
         }
 
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a run goes on."""
+        fixed = {"float_sha256": self.checkpoint, "processes": self.ranks.size}
+        return dataclasses.asdict(self.settings) | fixed
+
     def save(self, step: int) -> None:
-        if self.options.out is None or self.ranks.rank:
-            return
-        tensors: dict[str, Tensor] = {}
-        header = {
-            "settings": dataclasses.asdict(self.settings),
-            "step": step,
-            "state": taken(self.state(), "", tensors),
-        }
-        self.options.out.mkdir(parents=True, exist_ok=True)
-        metadata = {"qat": json.dumps(header)}
-        write_atomically(self.file("safetensors"), lambda path: save_file(tensors, path, metadata=metadata))
+        """Keep the state after so many steps."""
+        if self.out is not None and not self.ranks.rank:
+            state = {"settings": self.identity(), "step": step, "training": self.state()}
+            snapshot.save(self.file("safetensors"), state)
 
     def load(self) -> int:
-        """Return the number of steps that were taken already."""
-        if self.options.out is None or not self.file("safetensors").exists():
-            return 0
-        saved = snapshot.load(self.file("safetensors"))
-        here, there = dataclasses.asdict(self.settings), saved["settings"]
+        """Go on from what was kept, if anything was, and return the number of steps that were taken already."""
+        step = 0
+        if self.out is not None and self.file("safetensors").exists():
+            saved = snapshot.load(self.file("safetensors"))
+            self.compare(saved["settings"])
+            step = int(saved["step"])
+            if self.half and step > self.half:
+                self.switch()
+            self.restore(saved["training"])
+        self.forget(step)
+        return step
+
+    def compare(self, there: Mapping[str, Any]) -> None:
+        """Refuse to go on from a run that was another one."""
+        here = self.identity()
         changed = [
             f"{field}={there.get(field)!r}, now {here[field]!r}" for field in here if there.get(field) != here[field]
         ]
@@ -382,57 +483,59 @@ class Run:
                 f"{self.file('safetensors')} is of a run with {'; '.join(changed)}: give another --out, or the "
                 "settings it was started with"
             )
-        step, state = int(saved["step"]), saved["training"]
-        if self.half and step > self.half:
-            policy = self.variant.from_more
-            lowered = lower_bits(self.model, self.settings.bits, activation=policy, weight=policy)
-            self.adopt(lowered, self.settings.steps - self.half)
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned."""
         self.model.load_state_dict(state["model"])
         for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(kept)
         for schedule, kept in zip(self.schedules, state["schedules"], strict=True):
             schedule.load_state_dict(kept)
         torch.set_rng_state(state["random"])
+        if self.ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"])
         self.losses, self.seconds = state["losses"], state["seconds"]
-        return step
 
-    def row(self) -> AccuracyRow:
-        """Train, pack, and evaluate what is packed."""
-        torch.set_num_threads(1 if self.ranks.device.type == "cpu" else torch.get_num_threads())
-        self.train()
-        packed = pack(copy.deepcopy(self.model).eval()).to(self.ranks.device)
-        images, labels = self.images.held_out
-        if self.options.test_images:
-            images, labels = (
-                part[: self.options.test_images] for part in self.images.pretrained.test(self.options.data)
-            )
-        hits = correct(packed, images.to(self.ranks.device), labels.to(self.ranks.device))
-        last = self.losses[-SAVED:]
-        extra = {
-            "calibration_images": CALIBRATION_IMAGES,
-            "held_out_percent": round(self.held_out(), 2),
-            "loss": round(sum(last) / len(last), 4),
-            "seconds": round(self.seconds),
-            "bits_per_weight": round(bits_per_weight(packed), 3),
-            "processes": self.ranks.size,
-        }
-        settings = {field: value for field, value in dataclasses.asdict(self.settings).items() if field != "network"}
-        return AccuracyRow(
-            network=self.settings.network,
-            dataset=f"{self.images.pretrained.dataset} {'test' if self.options.test_images else 'held out'}",
-            method="trained",
-            weight_bits=self.settings.bits,
-            activation_bits=self.settings.bits,
-            seed=self.settings.seed,
-            metric=TOP1,
-            value=100 * hits / len(labels),
-            samples=len(labels),
-            stays_float=float_parts(self.model, self.quantized.swap),
-            settings=settings | extra,
-            command=f"nox -s accuracy -- --data DIR --suite qat --steps {self.settings.steps}",
-            checkpoint_sha256=self.checkpoint,
-            **dataclasses.asdict(environment()),
-        )
+
+def wide(logits: Tensor) -> Tensor:
+    """Return logits in float32, if they are narrower."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def judge(run: Run, options: argparse.Namespace) -> AccuracyRow:
+    """Pack what was trained, and evaluate what is packed."""
+    settings, pretrained, ranks = run.settings, NETWORKS[run.settings.network], run.ranks
+    packed = pack(copy.deepcopy(run.model).eval()).to(ranks.device)
+    images, labels = run.images.held_out
+    if options.test_images:
+        images, labels = (part[: options.test_images] for part in pretrained.test(options.data))
+    hits = correct(packed, images.to(ranks.device), labels.to(ranks.device))
+    last = run.losses[-run.saved :]
+    extra = {
+        "calibration_images": CALIBRATION_IMAGES,
+        "held_out_percent": round(run.held_out(), 2),
+        "loss": round(sum(last) / len(last), 4),
+        "seconds": round(run.seconds),
+        "bits_per_weight": round(bits_per_weight(packed), 3),
+        "processes": ranks.size,
+    }
+    given = {field: value for field, value in dataclasses.asdict(settings).items() if field != "network"}
+    return AccuracyRow(
+        network=settings.network,
+        dataset=f"{pretrained.dataset} {'test' if options.test_images else 'held out'}",
+        method="trained",
+        weight_bits=settings.bits,
+        activation_bits=settings.bits,
+        seed=settings.seed,
+        metric=TOP1,
+        value=100 * hits / len(labels),
+        samples=len(labels),
+        stays_float=float_parts(run.model, run.quantized.swap),
+        settings=given | extra,
+        command=f"nox -s accuracy -- --data DIR --suite qat --steps {settings.steps}",
+        checkpoint_sha256=run.checkpoint,
+        **dataclasses.asdict(environment()),
+    )
 
 
 if __name__ == "__main__":

@@ -259,3 +259,22 @@ def test_a_tensor_that_the_grid_does_not_tile_is_refused():
     for grid in (UniformGrid(torch.ones(3, 1), qmin=0, qmax=3), CodebookGrid(torch.arange(6.0).reshape(3, 1, 2))):
         with pytest.raises(ShapeError, match=r"scale of shape \(3, 1\) does not tile a tensor of shape \(4, 5\)"):
             grid.fake_quantize(torch.ones(4, 5), NEAREST)
+
+
+@pytest.mark.parametrize("value", [-0.5, 0.0, torch.nan, torch.inf])
+def test_a_state_with_a_scale_that_is_none_is_refused_by_name(value: float) -> None:
+    model = torch.nn.Sequential(torch.nn.Identity(), UniformGrid(torch.ones(2, 1), qmin=-2, qmax=1, learnable=True))
+    state = {"1.scale": torch.tensor([[1.0], [value]])}
+    with pytest.raises(RangeError, match=r"^1\.scale of the state has 1 of 2 values that are not positive and finite"):
+        model.load_state_dict(state)
+    torch.testing.assert_close(model[1].scale.detach(), torch.ones(2, 1), **EXACT)
+    model.load_state_dict({"1.scale": torch.full((2, 1), 0.5)})
+    torch.testing.assert_close(model[1].scale.detach(), torch.full((2, 1), 0.5), **EXACT)
+
+
+@pytest.mark.parametrize("table", [[0.0, 2.0, 1.0], [0.0, 1.0, 1.0], [0.0, torch.nan, 1.0]])
+def test_a_state_with_levels_out_of_order_is_refused_by_name(table: list[float]) -> None:
+    model = torch.nn.Sequential(CodebookGrid(torch.tensor([[0.0, 1.0, 2.0]])))
+    with pytest.raises(RangeError, match=r"^0\.codebook of the state, of shape \(1, 3\) is not finite and strictly"):
+        model.load_state_dict({"0.codebook": torch.tensor([table])})
+    torch.testing.assert_close(model[0].codebook, torch.tensor([[0.0, 1.0, 2.0]]), **EXACT)

@@ -8,6 +8,7 @@ from torch import nn
 
 from q_core import DataError, MatchError, NearestTowardZero, QuantConv2d, Quantizer, RangeError, UniformGrid
 from q_nulsq import Projection, StepGrid, StepMonitor, check_finite, inspect
+from q_nulsq.monitor import first_nonfinite
 
 from .test_positivity import NoWaiting
 
@@ -183,7 +184,7 @@ def test_a_gradient_that_is_no_number_is_named():
 
 
 def test_a_loss_that_is_no_number_is_told_apart_from_a_broken_model():
-    with pytest.raises(DataError, match="loss nan with sound parameters"):
+    with pytest.raises(DataError, match=r"sound parameters and gradients \(loss nan\)"):
         check_finite(network(), torch.tensor(torch.nan))
 
 
@@ -193,3 +194,39 @@ def test_a_step_at_the_floor_of_the_projection_counts_as_collapsed():
         model[0].grid.steps[0, 0] = 0.0
     model[0].grid.project()
     assert inspect(model, torch.rand(9)).layers[0].collapsed == 1
+
+
+class Overflow(nn.Module):
+    """Returns infinity for what is large."""
+
+    def forward(self, x):
+        return torch.where(x > 2, torch.inf, x)
+
+
+def test_the_layer_that_spoils_a_loss_is_named_and_nothing_is_left_behind():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Sequential(nn.Identity(), Overflow()), nn.Linear(3, 2))
+    nn.init.eye_(model[0].weight), nn.init.zeros_(model[0].bias)
+    x = torch.zeros(9, 3)
+    assert first_nonfinite(model, x) is None
+    x[0] = 5.0
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert first_nonfinite(model, x) == "2.1"
+    assert first_nonfinite(model, {"input": x}) == first_nonfinite(model, [x, "labels"]) == "2.1"
+    loss = model(x).sum()
+    assert not loss.isfinite()
+    model.load_state_dict(before)
+    with pytest.raises(RangeError, match=r"^2\.1 is the first to return values that are NaN or infinite \(loss "):
+        check_finite(model, loss, x)
+    torch.testing.assert_close(model.state_dict(), before, **EXACT)
+    assert model.training
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_the_layer_that_spoils_gradients_is_named_before_those_that_have_them_from_it():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2))
+    model[2].register_full_backward_hook(lambda *_: (torch.full((4, 3), torch.nan),))
+    loss = model(torch.rand(4, 3)).sum()
+    loss.backward()
+    assert model[0].weight.grad.isnan().all()
+    with pytest.raises(RangeError, match=r"^the gradient of 1\.bias holds 3 of 3 .*loss -?\d"):
+        check_finite(model, loss)

@@ -8,7 +8,7 @@ A grid is a finite ordered set of reals, the *levels*, numbered by integer *code
 import abc
 import dataclasses
 import math
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -192,6 +192,11 @@ class UniformGrid(Grid):
         levels = super().fake_quantize(x, rounding)
         return levels if where is None else torch.where(where, levels, x)
 
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if isinstance(scale := state.get(f"{prefix}scale"), Tensor) and scale.shape == self.scale.shape:
+            _check_scale(scale, f"{prefix}scale of the state")
+        super()._load_from_state_dict(state, prefix, *rest)
+
     def _scale(self) -> Tensor:
         return functional.scale_gradient(self.scale, self.gradient_scale)
 
@@ -260,11 +265,7 @@ class CodebookGrid(Grid):
             )
         if codebook.shape[-1] < 2:
             raise SpecError(f"codebook of shape {tuple(codebook.shape)}: a grid has at least 2 levels")
-        if not codebook.is_meta and not bool(codebook.isfinite().all() & (codebook.diff(dim=-1) > 0).all()):
-            raise RangeError(
-                f"codebook of shape {tuple(codebook.shape)} is not finite and strictly increasing along its last axis: "
-                "sort it and merge equal levels"
-            )
+        _check_codebook(codebook)
         self.qmin, self.qmax = qmin, qmin + codebook.shape[-1] - 1
         self.codebook: Tensor
         self.register_buffer("codebook", _wide(codebook))
@@ -310,6 +311,11 @@ class CodebookGrid(Grid):
         codes = torch.arange(1, levels.shape[-1], device=levels.device) - _nearest_to_zero(levels)
         up = rounding.ties_up(codes.to(levels.dtype))
         return None if up is None else functional.middles(levels, up)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if isinstance(codebook := state.get(f"{prefix}codebook"), Tensor) and codebook.shape == self.codebook.shape:
+            _check_codebook(codebook, f"{prefix}codebook of the state,")
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def _table(self) -> Tensor:
         return self.codebook.reshape(-1, self.codebook.shape[-1])
@@ -369,7 +375,7 @@ def _check_codes(qmin: int, qmax: int) -> None:
         raise SpecError(f"codes {qmin} to {qmax}: qmin must be below qmax")
 
 
-def _check_scale(scale: Tensor) -> None:
+def _check_scale(scale: Tensor, name: str = "scale") -> None:
     if scale.ndim == 0:
         raise ShapeError("scale of shape (): give it at least one axis, (1,) for one scale per tensor")
     if scale.is_meta:
@@ -377,8 +383,16 @@ def _check_scale(scale: Tensor) -> None:
     bad = ~(scale.isfinite() & (scale > 0))
     if bool(bad.any()):
         raise RangeError(
-            f"scale has {int(bad.sum())} of {scale.numel()} values that are not positive and finite, "
+            f"{name} has {int(bad.sum())} of {scale.numel()} values that are not positive and finite, "
             f"the first is {float(scale[bad][0])}"
+        )
+
+
+def _check_codebook(codebook: Tensor, name: str = "codebook") -> None:
+    if not codebook.is_meta and not bool(codebook.isfinite().all() & (codebook.diff(dim=-1) > 0).all()):
+        raise RangeError(
+            f"{name} of shape {tuple(codebook.shape)} is not finite and strictly increasing along its last axis: "
+            "sort it and merge equal levels"
         )
 
 

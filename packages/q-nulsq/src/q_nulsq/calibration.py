@@ -77,6 +77,7 @@ class NormObserver(RangeObserver, abc.ABC):
     """
 
     power: ClassVar[int]
+    where = "the observer"  # for messages; `prepare` puts the path of the slot here
 
     def __init__(
         self,
@@ -117,7 +118,7 @@ class NormObserver(RangeObserver, abc.ABC):
         """
         self._require_data()
         negative, elements = self.signs.tolist()
-        warn_of_clipping(negative, elements, self.spec)
+        warn_of_clipping(negative, elements, self.spec, self.where)
         return super().grid()
 
 
@@ -325,6 +326,8 @@ class LloydMaxObserver(HistogramObserver):
         Lloyd 1982, "Least squares quantization in PCM".
     """
 
+    where = "the observer"  # for messages; `prepare` puts the path of the slot here
+
     def __init__(
         self,
         spec: QuantSpec,
@@ -351,7 +354,7 @@ class LloydMaxObserver(HistogramObserver):
         """
         self._require_data()
         counts = self.histogram.counts
-        warn_of_clipping(int(counts[:, : self.histogram.bins // 2].sum()), int(counts.sum()), self.spec)
+        warn_of_clipping(int(counts[:, : self.histogram.bins // 2].sum()), int(counts.sum()), self.spec, self.where)
         steps = self._steps()
         low, high = (end.reshape(self.shape).to(torch.float32) for end in self._ends(steps))
         return _place(self.make_grid(self.spec, low, high), steps)

@@ -10,7 +10,7 @@ from q_core import functional
 from q_core.errors import RangeError, ShapeError, SpecError
 from q_core.grid import CodebookGrid
 from q_core.spec import MAX_BITS, QuantSpec
-from q_nulsq.positivity import Positivity, Projection
+from q_nulsq.positivity import Positivity, Projection, refuse_unsound_states
 from q_nulsq.tabulated import TabulatedGrid
 
 
@@ -69,6 +69,7 @@ class StepGrid(TabulatedGrid):
             _check_steps(steps)
             _check_apart(_levels(steps, -self.qmin), "give fewer levels, or steps of more equal size")
         self.positivity = Projection() if positivity is None else positivity
+        refuse_unsound_states(self, "steps")
         raw = self.positivity.raw(steps).contiguous()
         if learnable:
             self.steps: Tensor = nn.Parameter(raw)
@@ -148,6 +149,8 @@ class StepGrid(TabulatedGrid):
                 f"level {float(zero[(zero != 0).nonzero()[0, 0]])} at code 0 (qmin={qmin}): it must be 0, on which a "
                 "StepGrid is built; another qmin, or q_core.CodebookGrid for levels without a zero"
             )
+        if not table.is_meta:
+            _check_apart(table.detach(), "list the levels in ascending order, each once")
         widths = table.detach().double().diff(dim=-1).to(torch.promote_types(table.dtype, torch.float32))
         below, above = widths[..., :-qmin].flip(-1), widths[..., -qmin:]
         return cls(below, above, positivity=positivity, learnable=learnable, gradient_scale=gradient_scale)

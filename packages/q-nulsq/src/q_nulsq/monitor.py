@@ -238,7 +238,46 @@ def inspect(model: nn.Module, batch: Any, *, collapsed: float = 0.01) -> Report:
     return monitor.report()
 
 
-def check_finite(model: nn.Module, loss: Float[Tensor, ""] | None = None) -> None:
+def first_nonfinite(model: nn.Module, batch: Any) -> str | None:
+    """Run one batch and name the module that made the first value that is not finite.
+
+    The model runs in the mode it is in, without gradients. Its buffers are put back, and nothing is left on it.
+
+    Args:
+        model: Any model.
+        batch: A tensor, a mapping of keywords, or a list that starts with the input, as `DataLoader` yields it.
+
+    Returns:
+        Path of the module, the innermost that returned the value; None where all are finite.
+
+    Raises:
+        DataError: The batch is none of these.
+    """
+    found: list[str] = []
+
+    def watch(path: str, module: nn.Module) -> RemovableHandle:
+        def look(_: nn.Module, args: Any, output: Any) -> None:
+            made = [each for each in (output if isinstance(output, tuple) else [output]) if isinstance(each, Tensor)]
+            if not found and not all(bool(each.isfinite().all()) for each in made):
+                found.append(path or "the model")
+
+        return module.register_forward_hook(look)
+
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    handles = [watch(path, module) for path, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            feed(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    return found[0] if found else None
+
+
+def check_finite(model: nn.Module, loss: Float[Tensor, ""] | None = None, batch: Any = None) -> None:
     """Refuse a loss, parameters or gradients that are not numbers.
 
     It waits for the device once, so call it now and then, or when a loss looks wrong.
@@ -246,27 +285,44 @@ def check_finite(model: nn.Module, loss: Float[Tensor, ""] | None = None) -> Non
     Args:
         model: Any model; gradients are those in its parameters.
         loss: The loss, where it is to be checked too.
+        batch: What the loss came from. It is run again where the loss is not finite though all parameters are, to name
+            the layer.
 
     Raises:
-        RangeError: A parameter or a gradient is not finite; the message names the first of the model.
+        RangeError: A parameter, what a layer returns, or a gradient is not finite. The message names the first
+            parameter or layer of the model, or the last gradient, from which those before it have it.
         DataError: The loss is not finite, but everything else is.
     """
-    named: list[tuple[str, Tensor]] = []
-    for name, parameter in model.named_parameters():
-        named.append((name, parameter.detach()))
-        if parameter.grad is not None:
-            named.append((f"the gradient of {name}", parameter.grad))
-    checked = [tensor for _, tensor in named] + ([] if loss is None else [loss.detach()])
+    named = [(name, parameter.detach()) for name, parameter in model.named_parameters()]
+    gradients = [
+        (f"the gradient of {name}", parameter.grad)
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    ]
+    losses = [] if loss is None else [loss.detach()]
+    checked = [*(tensor for _, tensor in (*named, *gradients)), *losses]
     if not checked or bool(torch.stack([tensor.isfinite().all() for tensor in checked]).all()):
         return
+    value = "" if loss is None else f" (loss {float(loss.detach())})"
+    _refuse(named, value)
+    if loss is not None and batch is not None and not bool(loss.isfinite()):
+        layer = first_nonfinite(model, batch)
+        if layer is not None:
+            raise RangeError(
+                f"{layer} is the first to return values that are NaN or infinite{value}: go back to the last "
+                "checkpoint and lower learning rates, or look at what comes into it"
+            )
+    _refuse(gradients[::-1], value)
+    raise DataError(
+        f"sound parameters and gradients{value}: the batch or its labels hold values that are not numbers, or the loss "
+        "overflows in its dtype"
+    )
+
+
+def _refuse(named: list[tuple[str, Tensor]], value: str) -> None:
     for name, tensor in named:
         if bad := int((~tensor.isfinite()).sum()):
-            value = "" if loss is None else f" (loss {float(loss)})"
             raise RangeError(
                 f"{name} holds {bad} of {tensor.numel()} values that are NaN or infinite{value}: go back to the last "
                 "checkpoint and lower its learning rate, or clip gradients"
             )
-    raise DataError(
-        f"loss {float(loss) if loss is not None else 0.0} with sound parameters and gradients: the batch or its labels "
-        "hold values that are not numbers, or the loss overflows in its dtype"
-    )

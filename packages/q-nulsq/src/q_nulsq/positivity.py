@@ -7,10 +7,11 @@ the device or refuses to go on. `q_nulsq.monitor` tells what became of the steps
 """
 
 import abc
-from typing import final
+import functools
+from typing import Any, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from q_core.errors import RangeError
@@ -35,6 +36,10 @@ class Positivity(PreciseModule, abc.ABC):
     def project(self, raw: Float[Tensor, "*tiles n"]) -> None:
         """Put the parameter back to where it is allowed to be, in place, without waiting for the device."""
         return
+
+    def allowed(self, raw: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        """Tell which elements of a parameter stand for a positive and finite step."""
+        return raw.isfinite() & self.steps(raw).isfinite()
 
 
 @final
@@ -77,6 +82,10 @@ class Projection(Positivity):
             # The magnitude: a plain mean may itself be negative, and then would be no floor.
             lowest = raw.abs().mean(-1, keepdim=True).mul_(self.floor)
             raw.copy_(torch.maximum(raw, lowest))
+
+    def allowed(self, raw: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        """Tell which elements are positive and finite."""
+        return raw.isfinite() & (raw > 0)
 
     def extra_repr(self) -> str:
         """Show the floor."""
@@ -122,6 +131,35 @@ class Exponential(Positivity):
     def steps(self, raw: Float[Tensor, "*tiles n"]) -> Float[Tensor, "*tiles n"]:
         """Return the exponential."""
         return _normal(raw.exp())
+
+
+def refuse_unsound_states(grid: nn.Module, *names: str) -> None:
+    """Let a grid refuse a state in which a parameter does not stand for positive steps.
+
+    `load_state_dict` then raises a `RangeError` that names the entry, before any of this grid is changed.
+
+    Args:
+        grid: It has a `positivity`.
+        names: Its parameters or buffers that stand for something positive.
+    """
+    grid.register_load_state_dict_pre_hook(functools.partial(_check_state, names))  # type: ignore[no-untyped-call]
+
+
+def _check_state(names: tuple[str, ...], grid: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    positivity = grid.positivity
+    if not isinstance(positivity, Positivity):
+        raise TypeError(f"positivity is a {type(positivity).__name__}")
+    for name in names:
+        raw = state.get(f"{prefix}{name}")
+        if not isinstance(raw, Tensor) or raw.is_meta:
+            continue  # what is missing or of another shape is for load_state_dict to tell
+        bad = ~positivity.allowed(raw)
+        if bool(bad.any()):
+            raise RangeError(
+                f"{prefix}{name} of the state has {int(bad.sum())} of {raw.numel()} values that do not stand for a "
+                f"positive and finite {name.removesuffix('s')}, the first is {float(raw[bad][0])}: save a model whose "
+                "grids were projected after the last update, see project_after"
+            )
 
 
 def _normal(steps: Tensor) -> Tensor:

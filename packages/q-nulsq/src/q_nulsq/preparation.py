@@ -5,11 +5,12 @@ copy of the model, the same convention for the first and the last layer, the sam
 in any loop: `q_nulsq.optim` has the groups of the optimizer. `q_nulsq.recipes` has the published methods.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -32,6 +33,7 @@ from q_core.swap import Recipe, Rule, swap, swappable
 from q_nulsq.calibration import (
     LloydMaxObserver,
     NormalizedMSEObserver,
+    NormObserver,
     warn_of_clipping,
 )
 from q_nulsq.optim import Counts, GradientScale, Unscaled
@@ -158,6 +160,9 @@ def prepare(
     observers = {
         f"{path}.{name}": child for path, parent in twin.named_modules() for name, child, _ in layers.slots(parent)
     }
+    for path, observer in observers.items():
+        if isinstance(observer, NormObserver | LloydMaxObserver):
+            observer.where = path
     calibrated = calibrate(twin, glance.batches, **calibration)
     for path, observer in observers.items():
         if isinstance(observer, HistogramObserver) and not isinstance(observer, LloydMaxObserver):
@@ -194,21 +199,20 @@ class _Choice:
         ends = {weighted[0], weighted[-1]}
         weight_bits, _, edge_bits = self.bits
         # One recipe for all weights, since layers that share a weight share what has the same recipe.
-        weights = {
-            at_edge: self._recipe(self.weight, self.edge.weight, weight_bits, edge_bits if at_edge else 0, True)
-            for at_edge in (False, True)
-        }
-        return [self._rule(path, seen.get(path), weights[path in ends], path in ends) for path in paths]
+        weights: dict[bool, Recipe | None] = {}
+        for path in weighted:
+            if (at_edge := path in ends) not in weights:
+                least = edge_bits if at_edge else 0
+                with _noted(f"while choosing the codes of the weight of {path}"):
+                    weights[at_edge] = self._recipe(self.weight, self.edge.weight, weight_bits, least, True)
+        return [self._rule(path, seen.get(path), weights.get(path in ends), path in ends) for path in paths]
 
     def _rule(self, path: str, seen: _Seen | None, weight: Recipe | None, at_edge: bool) -> Rule:
         pattern, (_, bits, edge_bits) = re.escape(path), self.bits
         if seen is None:
             return Rule(pattern, reason="the first batch does not call it")
-        try:
+        with _noted(f"while choosing the codes of the input of {path}"):
             inputs = self._recipe(self.activation, self.edge.activation, bits, edge_bits if at_edge else 0, seen.signed)
-        except SpecError as error:
-            error.add_note(f"while choosing the codes of the input of {path}")
-            raise
         return Rule(pattern, weight, inputs)
 
     @staticmethod
@@ -216,6 +220,15 @@ class _Choice:
         if part is None or max(bits, least) == FLOAT_BITS:
             return None
         return edge.recipe(least, signed) if least > bits else part.recipe(bits, signed)
+
+
+@contextlib.contextmanager
+def _noted(note: str) -> Iterator[None]:
+    try:
+        yield
+    except SpecError as error:
+        error.add_note(note)
+        raise
 
 
 def _first(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:

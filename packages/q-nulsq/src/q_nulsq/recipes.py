@@ -163,7 +163,7 @@ def dorefa(
     """
     parts: dict[str, Any] = {
         "weight": DOREFA_WEIGHT,
-        "activation": Part(dorefa_activation, MinMaxObserver, negative=LSQ),
+        "activation": Part(dorefa_activation, negative=LSQ),
     } | options
     return prepare(model, batches, weight_bits=weight_bits, activation_bits=activation_bits, **parts)
 
@@ -178,7 +178,7 @@ def apot(
     """
     clip = {"weight": NORMALIZED_CLIP, "activation": ACTIVATION_CLIP}
     parts: dict[str, Any] = {
-        side: Part(partial(ApotGrid.from_range, clip=at), MinMaxObserver, codes=narrow) for side, at in clip.items()
+        side: Part(partial(ApotGrid.from_range, clip=at), codes=narrow) for side, at in clip.items()
     }
     parts["weight"] = dataclasses.replace(parts["weight"], transform=_by_deviation)
     return prepare(model, batches, weight_bits=weight_bits, activation_bits=activation_bits, **(parts | options))
@@ -194,7 +194,7 @@ def lcq(
     """
     clip = {"weight": NORMALIZED_CLIP, "activation": ACTIVATION_CLIP}
     parts: dict[str, Any] = {
-        side: Part(partial(LcqGrid.from_range, clip=at), MinMaxObserver, codes=narrow) for side, at in clip.items()
+        side: Part(partial(LcqGrid.from_range, clip=at), codes=narrow) for side, at in clip.items()
     }
     parts["weight"] = dataclasses.replace(parts["weight"], transform=_by_deviation)
     return prepare(model, batches, weight_bits=weight_bits, activation_bits=activation_bits, **(parts | options))

@@ -42,7 +42,7 @@ from q_core.rounding import Rounding
 from q_core.spec import QuantSpec
 from q_nulsq.parameters import check_positive, owned
 from q_nulsq.peers.clips import clip_of_range, magnitude_bits
-from q_nulsq.positivity import Positivity, Projection
+from q_nulsq.positivity import Positivity, Projection, refuse_unsound_states
 from q_nulsq.tabulated import TabulatedGrid
 
 
@@ -131,6 +131,7 @@ class ApotGrid(TabulatedGrid):
         self.qmin, self.qmax, self.base_bits = qmin, qmax, base_bits
         self.pass_outside, self.gradient_scale = pass_outside, gradient_scale
         self.positivity = Projection() if positivity is None else positivity
+        refuse_unsound_states(self, "clip")
         self.clip = nn.Parameter(self.positivity.raw(owned(clip)))
         magnitudes = additive_powers(bits, base_bits=base_bits)
         units = torch.cat([-magnitudes[1:].flip(0), magnitudes]) if qmin else magnitudes

@@ -50,7 +50,7 @@ from q_core.spec import QuantSpec
 from q_nulsq.parameters import check_positive, owned
 from q_nulsq.peers.clips import clip_of_range, magnitude_bits
 from q_nulsq.peers.freezing import without_parameters
-from q_nulsq.positivity import Positivity, Projection
+from q_nulsq.positivity import Positivity, Projection, refuse_unsound_states
 
 INTERVALS = 16
 """Pieces of the compressor in the paper."""
@@ -149,6 +149,7 @@ class LcqGrid(Grid):
         check_positive("clip", clip)
         self.qmin, self.qmax, self.gradient_scale = qmin, qmax, gradient_scale
         self.positivity = Projection() if positivity is None else positivity
+        refuse_unsound_states(self, "clip")
         wide = owned(clip)
         theta = wide.new_zeros(*wide.shape, INTERVALS) if theta is None else theta.detach().to(wide, copy=True)
         _check_theta(theta, wide)

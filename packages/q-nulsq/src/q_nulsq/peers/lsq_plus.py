@@ -28,7 +28,7 @@ from q_core import functional
 from q_core.errors import RangeError, ShapeError, SpecError
 from q_core.spec import QuantSpec
 from q_nulsq.parameters import check_positive, owned, spread
-from q_nulsq.positivity import Positivity, Projection
+from q_nulsq.positivity import Positivity, Projection, refuse_unsound_states
 from q_nulsq.tabulated import TabulatedGrid
 
 
@@ -81,6 +81,7 @@ class LsqPlusGrid(TabulatedGrid):
         _check_offset(offset, scale)
         self.qmin, self.qmax, self.gradient_scale = qmin, qmax, gradient_scale
         self.positivity = Projection() if positivity is None else positivity
+        refuse_unsound_states(self, "scale")
         raw, offset = self.positivity.raw(owned(scale)), owned(offset)
         self.scale: Tensor
         self.offset: Tensor

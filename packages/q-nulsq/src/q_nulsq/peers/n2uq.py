@@ -45,7 +45,7 @@ from q_core.spec import MAX_BITS, QuantSpec
 from q_nulsq.parameters import check_positive, owned
 from q_nulsq.peers.clips import clip_of_range
 from q_nulsq.peers.freezing import without_parameters
-from q_nulsq.positivity import Positivity, Projection
+from q_nulsq.positivity import Positivity, Projection, refuse_unsound_states
 from q_nulsq.tabulated import MidRiseGrid
 
 SPAN = 2.0
@@ -99,6 +99,7 @@ class N2uqGrid(Grid):
         tiles = tuple(steps.shape[:-1])
         self.qmin, self.qmax, self.gradient_scale = 0, steps.shape[-1], gradient_scale
         self.positivity = Projection() if positivity is None else positivity
+        refuse_unsound_states(self, "steps", "input_scale", "output_scale")
         dtype = torch.promote_types(steps.dtype, torch.float32)
         given = {"start": start, "input_scale": input_scale, "output_scale": output_scale}
         for name, part in given.items():

@@ -27,7 +27,7 @@ from q_core.ops import fake_quantize
 from q_core.rounding import NearestEven, Rounding
 from q_core.spec import QuantSpec
 from q_nulsq.parameters import check_positive, check_unsigned, owned, spread
-from q_nulsq.positivity import Positivity, Projection
+from q_nulsq.positivity import Positivity, Projection, refuse_unsound_states
 
 
 class _ClippedAt(torch.autograd.Function):
@@ -96,6 +96,7 @@ class PactGrid(Grid):
         check_positive("alpha", alpha)
         self.qmin, self.qmax, self.gradient_scale = 0, qmax, gradient_scale
         self.positivity = Projection() if positivity is None else positivity
+        refuse_unsound_states(self, "alpha")
         raw = self.positivity.raw(owned(alpha))
         self.alpha: Tensor
         if learnable:

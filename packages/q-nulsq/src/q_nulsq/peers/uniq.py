@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from q_core import functional
 from q_core.spec import QuantSpec
 from q_nulsq.parameters import check_positive, owned, spread
-from q_nulsq.positivity import Positivity, Projection
+from q_nulsq.positivity import Positivity, Projection, refuse_unsound_states
 from q_nulsq.tabulated import MidRiseGrid
 
 
@@ -68,6 +68,7 @@ class UniqGrid(MidRiseGrid):
         check_positive("scale", scale)
         self.gradient_scale = gradient_scale
         self.positivity = Projection() if positivity is None else positivity
+        refuse_unsound_states(self, "scale")
         raw = self.positivity.raw(owned(scale))
         self.scale: Tensor
         if learnable:
