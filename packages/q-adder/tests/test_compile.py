@@ -91,6 +91,17 @@ def test_a_layer_compiles_with_code_generation(exponent):
     assert_equal(results(compiled, model, x), results(model, model, x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_compiles_as_one_graph_under_autocast(dtype):
+    model, x = network(), torch.randn(3, 4, 8, 8).to(dtype).requires_grad_()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    plain = compiled(x.float())  # outside, so that a graph of no autocast lies in the cache
+    with torch.autocast("cpu", torch.bfloat16):
+        actual, expected = results(compiled, model, x), results(model, model, x)
+    assert actual[0].dtype == plain.dtype == torch.float32
+    assert_equal(actual, expected)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_network_survives_a_file(strict):
     model, x = network(), torch.randn(2, 4, 8, 8)

@@ -17,7 +17,8 @@ from q_adder.models import (
     vgg_small,
 )
 from q_adder.quantized import QuantAdderConv2d, QuantAdderLinear
-from q_core import StateError
+from q_adder.redistribution import redistribute
+from q_core import StateError, pack
 
 # Our pairs of all layers and of the adder layers; then as printed, in the unit of the print: #mul of AddNN and BNN,
 # #add of CNN and BNN, #xnor of BNN, #add of AddNN.
@@ -177,6 +178,38 @@ def test_own_layers_are_counted_by_a_table_of_ones_own():
 def test_quantized_adder_layers_are_convolutions_by_class_but_count_as_distances():
     assert set(DISTANCES) >= {QuantAdderConv2d, QuantAdderLinear}
     assert issubclass(QuantAdderConv2d, nn.Conv2d)
+
+
+def forms(model, images, **options):
+    """The same network in float, quantized and packed, its ordinary layers too."""
+    quantized = redistribute(model.eval(), [images], edge_bits=8, progress=False, **options).model
+    return [count_operations(form, images[:1]) for form in (model, quantized, pack(quantized))]
+
+
+@pytest.mark.parametrize("build", [resnet20, lambda: deit_tiny(10, image_size=32, patch_size=8, depth=1, width=24)])
+def test_quantized_and_packed_networks_have_the_operations_of_the_float_network(build):
+    images = torch.randn(2, 3, 32, 32)
+    counts = forms(build(), images)
+    for count in counts[1:]:
+        assert count.as_built == counts[0].as_built
+        assert count.as_binary == counts[0].as_binary
+        assert [(x.path, x.pairs, x.adds) for x in count.layers] == [
+            (x.path, x.pairs, x.adds) for x in counts[0].layers
+        ]
+
+
+def test_operands_may_be_given_by_name():
+    class Attend(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matmul = AdderMatmul()
+
+        def forward(self, a, b):
+            return self.matmul(a=a, b=b)
+
+    assert (
+        count_operations(Attend(), torch.empty(2, 5, 4), torch.empty(2, 3, 4)).as_built.additions == 2 * 2 * 5 * 3 * 4
+    )
 
 
 def test_a_subclass_counts_as_its_parent():

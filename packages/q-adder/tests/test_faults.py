@@ -1,10 +1,12 @@
 """Bad input to quantized adder layers: the error names the layer, and nothing is half-applied."""
 
 import math
+import types
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from q_adder import (
     AdderConv2d,
@@ -61,7 +63,7 @@ def refused(kind, model, batches=(X,), **options) -> str:
     state = {name: value.clone() for name, value in model.state_dict().items()}
     kinds, modes = [type(module) for module in model.modules()], [module.training for module in model.modules()]
     with pytest.raises(kind) as caught:
-        redistribute(model, batches, progress=False, **options)
+        oracles.unchecked(redistribute)(model, batches, progress=False, **options)
     # nan == nan here: some of these models hold one.
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, state[name], rtol=0, atol=0, equal_nan=True)
@@ -99,6 +101,7 @@ def test_no_group_of_kernels(groups):
 def test_a_fraction_of_inputs_that_is_none(alpha):
     message = refused(RangeError, network(), input_range=lambda: ExactRange(alpha))
     assert f"alpha={alpha}: the fraction of inputs that is kept must be in (0, 1]" in message
+    assert "in the layer 3" in message
 
 
 @pytest.mark.parametrize("bits", [1, 9, 0])
@@ -151,12 +154,117 @@ def test_an_interval_that_ends_before_it_starts():
         clamp_weights(weight, None, 1.0, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "shown", "hint"),
+    [
+        (OneSided, "OneSided'> is no scheme", ": write OneSided()"),
+        ("one-sided", "scheme='one-sided' is no scheme", "it takes OneSided(), Symmetric()"),
+        (4, "scheme=4 is no scheme", "a mapping from paths to these"),
+        ({"3": Published}, "Published'> for '3' is no scheme", ": write Published()"),
+        ({"3": OneSided(), "6": None}, "scheme=None for '6' is no scheme", "OneScale() or a Scheme of your own"),
+    ],
+)
+def test_a_scheme_that_is_none_is_refused_instead_of_ignored(scheme, shown, hint):
+    message = refused(SpecError, network(), scheme=scheme)
+    assert shown in message
+    assert hint in message
+
+
+@pytest.mark.parametrize(
+    ("input_range", "shown"),
+    [
+        (0.999, "input_range gives 0.999: it takes a statistic such as ExactRange(0.999)"),
+        ("exact", "input_range gives 'exact': it takes"),
+        (lambda: 0.999, "input_range gives 0.999, made by a call: it takes"),
+        ({"3": ExactRange(), "6": ExactRange}, "ExactRange'> for '6': it takes"),
+    ],
+)
+def test_a_statistic_that_is_none(input_range, shown):
+    assert shown in refused(SpecError, network(), input_range=input_range)
+
+
+def test_a_statistic_that_has_seen_inputs_is_no_template():
+    used = ExactRange()
+    used.update(torch.ones(3))
+    message = refused(StateError, network(), input_range=used)
+    assert "input_range has seen inputs, and every layer starts from none" in message
+
+
+@pytest.mark.parametrize("bits", [2.5, "4", 4.0])
+def test_bits_that_are_no_whole_number(bits):
+    for name in ("weight_bits", "activation_bits", "edge_bits"):
+        options = {"weight_bits": 4, "activation_bits": 4, name: bits}
+        assert f"{name}={bits!r}: it must be a whole number" in refused(SpecError, network(), **options)
+    with pytest.raises(SpecError, match=rf"bits={bits!r}: an adder layer is quantized to 2 to 8 bits, a whole number"):
+        TiedSpec.__post_init__(types.SimpleNamespace(bits=bits, weight_step=1))
+
+
+def test_groups_that_are_no_whole_number():
+    with pytest.raises(SpecError, match=r"groups=2\.5: it must be a whole number of groups of kernels"):
+        oracles.unchecked(cluster_kernels)(torch.ones(3), 2.5)
+
+
+def test_a_negative_number_of_batches():
+    assert "reestimate_batches=-1: it is a number of batches" in refused(RangeError, network(), reestimate_batches=-1)
+
+
 # Models -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_model_without_adder_layers():
     message = refused(MatchError, nn.Sequential(nn.Conv2d(2, 3, 3)).eval())
     assert "a Sequential has no adder layer: use q_core.nearest for ordinary layers" in message
+
+
+@pytest.mark.parametrize("form", [lambda model: model, pack])
+def test_a_model_that_is_quantized_already(form):
+    done = form(redistribute(network(), [X], progress=False).model)
+    message = refused(MatchError, done)
+    assert (
+        "the adder layers of this Sequential are quantized already, '3' to begin with: pass the float model" in message
+    )
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize(("path", "name"), [("3", "weight"), ("6", "weight"), ("6", "bias")])
+def test_a_weight_that_is_not_finite(bad, path, name):
+    model = network()
+    model[6].bias = nn.Parameter(torch.zeros(3))
+    getattr(model.get_submodule(path), name).data[1] = bad
+    message = refused(DataError, model)
+    assert f"values of the {name} are NaN or infinite: find where training diverged" in message
+    assert f"in the layer {path}" in message
+
+
+@pytest.mark.parametrize(
+    "normed",
+    [nn.utils.parametrizations.weight_norm, lambda layer: prune.l1_unstructured(layer, "weight", 0.3)],
+)
+def test_a_weight_that_is_computed(normed):
+    model = network()
+    normed(model[6])
+    with pytest.raises(StateError) as caught:
+        redistribute(model, [X], progress=False)
+    assert "the weight is computed from other tensors, by weight norm, pruning" in told(caught.value)
+    assert "in the layer 6" in told(caught.value)
+
+
+def test_a_model_without_values():
+    model = network()
+    model[3].to("meta")
+    with pytest.raises(BackendError) as caught:
+        redistribute(model, [X], progress=False)
+    assert "the weight is on the meta device, where there are no values: load the model first" in told(caught.value)
+    assert "in the layer 3" in told(caught.value)
+
+
+def test_an_input_too_small_for_its_padding_names_the_layer():
+    layer = QuantAdderConv2d(2, 3, 3, padding=3, padding_mode="reflect", tied=levels(3), path="block.conv")
+    for run in (layer, pack(layer)):
+        with pytest.raises(ShapeError) as caught:
+            run(torch.zeros(1, 2, 4, 3))
+        assert 'padding of 3 pixels in the mode "reflect" on an input of 3 pixels: it takes 4' in told(caught.value)
+        assert "in the layer block.conv" in told(caught.value)
 
 
 def test_a_layer_that_is_still_annealed():

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from torch.nn import functional as F
 
-from q_adder import adder2d, adder_linear
-from q_core import BackendError, RangeError, ShapeError
+from q_adder import adder2d, adder_linear, adder_matmul
+from q_core import BackendError, RangeError, ShapeError, SpecError
 
 from . import oracles
 
@@ -72,6 +72,21 @@ def test_one_number_stands_for_both_axes():
     x, weight = torch.randn(2, 4, 9, 8), torch.randn(6, 2, 3, 3)
     expected = adder2d(x, weight, stride=(2, 2), padding=(1, 1), dilation=(2, 2), groups=2)
     assert torch.equal(adder2d(x, weight, stride=2, padding=1, dilation=2, groups=2), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")  # torch's convolution
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("kernel", [(3, 3), (4, 1), (2, 5)])
+@pytest.mark.parametrize("dilation", [1, (1, 2)])
+def test_padding_by_name_is_that_of_a_convolution(padding, kernel, dilation):
+    x, weight = torch.randn(2, 3, 9, 10, dtype=torch.float64), torch.randn(4, 3, *kernel, dtype=torch.float64)
+    out = adder2d(x, weight, padding=padding, dilation=dilation, exponent=2.0)
+    squares = F.conv2d(x.square(), torch.ones_like(weight), padding=padding, dilation=dilation)
+    product = F.conv2d(x, weight, padding=padding, dilation=dilation)
+    expected = 2 * product - squares - weight.square().sum((1, 2, 3)).reshape(1, -1, 1, 1)
+    torch.testing.assert_close(out, expected, **EXACT)
+    options = {"padding": padding, "dilation": dilation}
+    assert torch.equal(adder2d(x[0], weight, **options), adder2d(x, weight, **options)[0])
 
 
 def test_bias_is_added_to_each_output():
@@ -167,12 +182,20 @@ def test_beside_float64_all_is_computed_in_float64(dtype, weight_dtype):
     assert (dx.dtype, dw.dtype) == (dtype, weight_dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def far_from_zero(dtype):
+    """Rows around whose distance of -2000 bfloat16 has a number every 8 or 16."""
+    x, weight = torch.rand(4, 256, 3, 3), torch.rand(8, 256, 3, 3) + 0.87
+    return x.to(dtype), weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("exponent", [1.0, 1.5, 2.0])
-def test_autocast_changes_nothing(dtype, exponent):
-    x = torch.randn(2, 3, 8, 8).to(dtype).requires_grad_()
-    weight = torch.randn(4, 3, 3, 3, requires_grad=True)
-    out = adder2d(x, weight, exponent=exponent)
+def test_autocast_computes_and_returns_float32(dtype, exponent):
+    x, weight = far_from_zero(dtype)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    out = adder2d(x.float(), weight, exponent=exponent)
+    assert out.dtype == torch.float32
+    assert exponent > 1 or -2100 < float(out.detach().mean()) < -1900
     expected = [out, *torch.autograd.grad(out.square().sum(), (x, weight))]
     with torch.autocast("cpu", torch.bfloat16):
         out = adder2d(x, weight, exponent=exponent)
@@ -180,6 +203,34 @@ def test_autocast_changes_nothing(dtype, exponent):
     for one, other in zip(actual, expected, strict=True):
         assert one.dtype == other.dtype
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_autocast_narrows_no_other_operator(dtype):
+    x, weight = far_from_zero(dtype)
+    rows, table = x.flatten(1), weight.flatten(1)
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = adder2d(x, weight), adder_linear(rows, table), adder_matmul(rows, table.to(dtype))
+    expected = (
+        adder2d(x.to(wide), weight),
+        adder_linear(rows.to(wide), table),
+        adder_matmul(rows.to(wide), table.to(dtype)),
+    )
+    for one, other in zip(actual, expected, strict=True):
+        assert one.dtype == wide
+        assert torch.equal(one, other)
+
+
+def test_a_narrow_result_loses_what_tells_outputs_apart_and_float16_ends():
+    """Why autocast returns float32: what the documentation says of models that are cast as a whole."""
+    x, weight = far_from_zero(torch.float32)
+    exact = adder2d(x, weight)
+    narrow = adder2d(x.bfloat16(), weight).float()
+    assert bool((narrow % 8 == 0).all())
+    # A rounding to multiples of 8, spread evenly, has the deviation 8 / sqrt(12) = 2.3.
+    assert float((narrow - exact).std()) > 2
+    assert bool((adder2d(40 * x.half(), 40 * weight) == -math.inf).all())
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -258,8 +309,55 @@ def test_each_gradient_can_be_had_alone(wanted):
 def test_a_second_derivative_is_refused():
     x, weight = torch.randn(1, 1, 3, 3, requires_grad=True), torch.randn(1, 1, 3, 3, requires_grad=True)
     (dx,) = torch.autograd.grad(adder2d(x, weight).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no autograd formula"):
+    with pytest.raises(BackendError, match="adder operators have no second derivative"):
         dx.sum().backward()
+
+
+def test_functional_gradients_are_those_of_backward():
+    x, weight = torch.randn(2, 4, 6, 5), torch.randn(6, 2, 3, 3)
+
+    def loss(x, weight):
+        return adder2d(x, weight, stride=2, padding=1, groups=2).square().sum()
+
+    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    assert all(map(torch.equal, torch.func.grad(loss, (0, 1))(x, weight), expected))
+    value, pullback = torch.func.vjp(loss, x, weight)
+    assert all(map(torch.equal, pullback(torch.ones_like(value)), expected))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch.vmap runs one sample at a time
+def test_gradients_of_single_samples_add_up_to_that_of_the_batch():
+    x, weight = torch.randn(3, 2, 5, 5), torch.randn(4, 2, 3, 3)
+
+    def loss(weight, image):
+        return adder2d(image, weight).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weight, x)
+    # Three gradients of some hundreds, added in another order in float32.
+    torch.testing.assert_close(each.sum(0), torch.func.grad(loss)(weight, x), rtol=1e-5, atol=1e-3)
+
+
+def test_rows_have_functional_gradients_too():
+    a, b = torch.randn(2, 3, 4), torch.randn(2, 5, 4)
+    leaves = a.clone().requires_grad_(), b.clone().requires_grad_()
+    expected = torch.autograd.grad(adder_matmul(*leaves).square().sum(), leaves)
+    assert all(
+        map(torch.equal, torch.func.grad(lambda a, b: adder_matmul(a, b).square().sum(), (0, 1))(a, b), expected)
+    )
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
+)  # torch, at its first dual tensor
+def test_forward_mode_is_refused_instead_of_a_tangent_of_zero():
+    x, weight = torch.randn(1, 2, 4, 4), torch.randn(3, 2, 3, 3)
+    with pytest.raises(BackendError, match="adder operators have no forward mode"):
+        torch.func.jvp(lambda x: adder2d(x, weight), (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(BackendError, match="no forward mode"):
+        adder2d(x, torch.autograd.forward_ad.make_dual(weight, torch.ones_like(weight)))
+    with pytest.raises(BackendError, match="no forward mode"):
+        torch.func.jvp(lambda a: adder_matmul(a, a), (torch.randn(3, 4),), (torch.ones(3, 4),))
 
 
 # Exponent --------------------------------------------------------------------------------------------------------
@@ -334,6 +432,19 @@ def test_a_kernel_equal_to_its_window_has_no_gradient_at_any_exponent():
         ((1, 4, 5, 5), (3, 4, 3, 3), {"stride": (1, 0)}, RangeError, r"stride=\(1, 0\): it must be at least 1"),
         ((1, 4, 5, 5), (3, 4, 3, 3), {"padding": -1}, RangeError, r"padding=\(-1, -1\): it must be at least 0"),
         ((1, 4, 5, 5), (3, 4, 3, 3), {"dilation": 0}, RangeError, r"dilation=\(0, 0\): it must be at least 1"),
+        (
+            (1, 4, 5, 5),
+            (3, 4, 3, 3),
+            {"stride": (1, 2, 3)},
+            SpecError,
+            r"stride=\(1, 2, 3\): expected one whole number",
+        ),
+        ((1, 4, 5, 5), (3, 4, 3, 3), {"stride": 1.5}, SpecError, r"stride=1\.5: expected one whole number"),
+        ((1, 4, 5, 5), (3, 4, 3, 3), {"dilation": (1, 1.0)}, SpecError, r"dilation=\(1, 1\.0\): expected"),
+        ((1, 4, 5, 5), (3, 4, 3, 3), {"padding": (1,)}, SpecError, r"padding=\(1,\): expected"),
+        ((1, 4, 5, 5), (3, 4, 3, 3), {"padding": "full"}, SpecError, r"padding='full': expected .*\"same\" or"),
+        ((1, 4, 5, 5), (3, 4, 3, 3), {"padding": "same", "stride": 2}, SpecError, r"only at stride 1"),
+        ((1, 4, 5, 5), (3, 2, 3, 3), {"groups": 2.0}, SpecError, r"groups=2\.0: it must be a whole number"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_values(x, weight, options, error, words):
@@ -347,6 +458,26 @@ def test_codes_are_refused_by_the_operator_on_reals():
         oracles.unchecked(adder2d)(codes, weight)
     with pytest.raises(BackendError, match=r"adder_linear: weight of torch\.int64"):
         oracles.unchecked(adder_linear)(torch.zeros(2, 3), torch.zeros(4, 3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_dtypes_of_8_bits_are_refused(dtype):
+    x, weight = torch.zeros(1, 2, 3, 3), torch.zeros(3, 2, 1, 1)
+    with pytest.raises(BackendError, match=r"adder2d: input of torch\.float8_.*16 bits or more, convert"):
+        adder2d(x.to(dtype), weight)
+    with pytest.raises(BackendError, match=r"adder_linear: weight of torch\.float8_"):
+        adder_linear(x[0, 0], x[0, 0].to(dtype))
+    with pytest.raises(BackendError, match=r"adder_matmul: second of torch\.int64"):
+        oracles.unchecked(adder_matmul)(x[0], x[0].long())
+
+
+def test_squares_of_distances_of_close_rows_are_exact():
+    """By way of a product of matrices, two rows of length 1e4 would be up to 10 apart where the truth is 0.04."""
+    x = 100 + torch.randn(1, 64, 6, 6)
+    weight = x[0, :, :5, 0].T.reshape(5, 64, 1, 1).repeat(6, 1, 1, 1) + 0.025
+    exact = oracles.adder2d(x.double(), weight.double(), (1, 1), (0, 0), (1, 1), 1, 2.0)
+    # 64 roundings of sums of one sign, a root and its square.
+    torch.testing.assert_close(adder2d(x, weight, exponent=2.0).double(), exact, rtol=80 * 2**-24, atol=0)
 
 
 def test_rows_of_another_length_are_refused():

@@ -23,9 +23,20 @@ from q_adder import (
     explain,
     ops,
     redistribute,
+    trainable,
 )
 from q_adder.integer import level_distance_conv2d
-from q_core import BackendError, FormatError, StateError, bits_per_weight, load_packed, nearest, pack, save_packed
+from q_core import (
+    BackendError,
+    FormatError,
+    MatchError,
+    StateError,
+    bits_per_weight,
+    load_packed,
+    nearest,
+    pack,
+    save_packed,
+)
 from q_core.kernels import Kernel, only
 
 from . import cases, oracles
@@ -191,14 +202,22 @@ def test_a_layer_gives_the_same_with_every_implementation_alone(bits):
     tied = TiedGrid(spec, torch.tensor([3.0 / spec.top]), torch.zeros(1), torch.zeros(6, dtype=torch.int64))
     layer = QuantAdderConv2d(5, 6, 3, stride=2, padding=1, tied=tied).eval()
     x, outputs = torch.randn(2, 5, 9, 8), {}
+    shapes = (2, 5, 11, 10), (6, 5, 3, 3)  # the padded input and the kernels
+    arguments = (*(torch.zeros(shape, dtype=torch.uint8) for shape in shapes), [2, 2], [1, 1], 1, bits)
     for kernel in ops.CODE_DISTANCE.kernels:
-        if bits <= 4 or kernel.name not in THERMOMETERS:
-            with only(kernel.name), torch.no_grad():
+        with only(kernel.name), torch.no_grad():
+            if kernel.refuses(*arguments) is None:
                 outputs[kernel.name] = (layer(x), pack(layer)(x))
+            else:
+                with pytest.raises(BackendError, match=f"{kernel.name} cannot run"):
+                    layer(x)
     with only("reference"), torch.no_grad():
         expected = layer(x)
     for name, results in outputs.items():
         assert all(torch.equal(result, expected) for result in results), name
+    # What is there is tried, all of it where codes are narrow.
+    everything = {kernel.name for kernel in ops.CODE_DISTANCE.kernels}
+    assert outputs.keys() >= (everything if bits <= 4 else everything & {"cpu-sad"})
     assert bits == 8 or outputs.keys() >= THERMOMETERS
 
 
@@ -242,6 +261,30 @@ def test_explain_names_the_implementation_of_every_layer_and_why_not_the_others(
     assert not any(module._forward_hooks for module in quantized.modules())
 
 
+def test_explain_says_that_a_layer_is_float_and_takes_the_batches_of_redistribute():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.rows, self.last = AdderConv2d(3, 4, 3, padding=1), AdderMatmul(), AdderLinear(9, 2)
+
+        def forward(self, x):
+            y = self.conv(x).flatten(2)
+            return self.last(self.rows(a=y, b=y[:, :3]).repeat(1, 1, 3))
+
+    model, x = Own().eval(), torch.randn(2, 3, 5, 5)
+    found = explain(model, x)
+    assert found.keys() == {"conv", "rows", "last"}
+    for text in found.values():
+        assert text.startswith("float, a distance of reals: redistribute() quantizes it\n")
+        assert text.count(": runs") == 1
+    quantized = redistribute(model, [(x, torch.zeros(2))], progress=False).model
+    for batch in ((x, torch.zeros(2)), {"x": x}):
+        assert explain(quantized, batch) == explain(quantized, x)
+        assert not any(text.startswith("float") for text in explain(quantized, batch).values())
+    with pytest.raises(MatchError, match="a Linear has no adder layer: there is nothing to explain"):
+        explain(nn.Linear(2, 2), torch.zeros(1, 2))
+
+
 def test_explain_sees_the_distances_of_rows():
     tied = TiedGrid(TiedSpec(4), torch.tensor([0.1]), torch.zeros(1), torch.zeros(0, dtype=torch.int64))
 
@@ -278,6 +321,70 @@ def test_weights_on_levels_of_any_spacing_meet_reals_in_one_convolution(levels, 
     expected = oracles.adder2d(x, table[codes.long()], stride, (0, 0), dilation, groups)
     # Some 12 taps of 9 differences below 30: a hundred roundings of sums below 400.
     torch.testing.assert_close(out, expected, rtol=0, atol=100 * 400 * 2**-52)
+
+
+def test_weights_on_levels_are_not_narrowed_by_autocast():
+    x, codes = 100 * torch.rand(1, 64, 3, 3), torch.randint(0, 4, (2, 64, 3, 3), dtype=torch.uint8)
+    levels = torch.tensor([0.0, 1.0, 5.0, 40.0])
+    expected = level_distance_conv2d(x, codes, levels)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(level_distance_conv2d(x, codes, levels), expected)
+        narrow = level_distance_conv2d(x.bfloat16(), codes, levels)
+    assert torch.equal(narrow, level_distance_conv2d(x.bfloat16().float(), codes, levels))
+
+
+def test_a_code_beyond_the_levels_counts_as_the_last():
+    x, levels = torch.randn(1, 2, 3, 3), torch.tensor([-1.0, 0.5, 2.0])
+    last, beyond = (torch.full((1, 2, 2, 2), code, dtype=torch.uint8) for code in (2, 200))
+    assert torch.equal(level_distance_conv2d(x, beyond, levels), level_distance_conv2d(x, last, levels))
+
+
+# Mixed precision --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_autocast_leaves_a_network_of_every_kind_of_layer_in_float32(bits):
+    """The outputs lie around -2000, where bfloat16 has a number every 8 or 16."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.rows, self.last = AdderConv2d(256, 4, 3), AdderMatmul(), AdderLinear(4, 2)
+            nn.init.uniform_(self.conv.weight, 0.87, 1.87)
+
+        def forward(self, x):
+            y = self.conv(x).flatten(2)
+            return y, (z := self.rows(y, y[:, :4])), self.last(z)
+
+    model, x = Own().eval(), torch.rand(2, 256, 4, 4).bfloat16()
+    quantized = redistribute(
+        model, [x.float()], weight_bits=bits, activation_bits=bits, mean_correction=False, progress=False
+    ).model
+    for form in (model, quantized, pack(quantized)):
+        with torch.no_grad():
+            expected = form(x.float())
+            with torch.autocast("cpu", torch.bfloat16):
+                actual = form(x)
+        assert -2200 < float(actual[0].mean()) < -1800
+        for one, other in zip(actual, expected, strict=True):
+            assert one.dtype == torch.float32
+            assert torch.equal(one, other)
+
+
+def test_a_scaler_trains_a_quantized_network_under_autocast():
+    model, x = trained()
+    learner = trainable(redistribute(model, [x], progress=False).model)
+    optimizer = torch.optim.SGD(learner.parameters(), lr=1e-3)
+    before = [parameter.detach().clone() for parameter in learner.parameters()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = learner(x).float().square().mean()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 1024.0
+    changed = [not torch.equal(one, other) for one, other in zip(before, learner.parameters(), strict=True)]
+    assert sum(changed) > 0.8 * len(changed)
 
 
 # Files ------------------------------------------------------------------------------------------------------------

@@ -139,17 +139,33 @@ def test_a_linear_layer_is_a_one_by_one_convolution():
 
 
 def test_half_precision_activations_meet_float32_weights():
-    """What a convolution hands on under autocast: the result keeps its dtype, and the weight its own."""
+    """What a convolution hands on under autocast: the result is float32, as that of a norm is on a GPU."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), AdderConv2d(4, 5, 3, bias=True), nn.BatchNorm2d(5))
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model[0](torch.randn(2, 3, 8, 8))
         out = model[1](hidden)
-        assert (hidden.dtype, out.dtype) == (torch.bfloat16, torch.bfloat16)
+        assert (hidden.dtype, out.dtype) == (torch.bfloat16, torch.float32)
         loss = model[2](out).float().square().sum()
     loss.backward()
     assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
     # The bias before a batch norm has no effect, the rest does.
     assert all(bool(model[index].weight.grad.abs().sum() > 0) for index in (0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_is_cast_keeps_its_dtype(dtype):
+    model = nn.Sequential(AdderConv2d(3, 4, 3), nn.Flatten(), AdderLinear(36, 5)).to(dtype)
+    assert model(torch.randn(2, 3, 5, 5, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize(("mode", "size", "least"), [("reflect", 2, 3), ("circular", 1, 2)])
+def test_an_input_that_is_too_small_for_its_padding_is_refused(mode, size, least):
+    layer = AdderConv2d(2, 3, 3, padding=(0, 2), padding_mode=mode)
+    with pytest.raises(
+        ShapeError, match=rf'padding of 2 pixels in the mode "{mode}" on an input of {size} .* {least} at'
+    ):
+        layer(torch.zeros(1, 2, 5, size))
+    assert layer(torch.zeros(1, 2, 5, least)).shape == (1, 3, 3, least + 2)
 
 
 @pytest.mark.parametrize(("progress", "exponent"), [(-1.0, 2.0), (0.0, 2.0), (0.25, 1.75), (1.0, 1.0), (3.0, 1.0)])

@@ -212,6 +212,58 @@ def test_weights_outside_the_optimizer_are_refused():
         adder_weights(nn.Sequential(nn.Linear(1, 1)))
 
 
+def test_frozen_weights_are_passed_over():
+    model = network()
+    model[4].weight.requires_grad_(False)
+    weights = adder_weights(model)
+    assert [id(weight) for weight in weights] == [id(model[index].weight) for index in (1, 6)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    rule = AdderLearningRate(torch.optim.SGD(trained, lr=0.1), [*weights, model[4].weight])
+    assert rule.weights == weights
+    for index in (1, 6):
+        model[index].weight.requires_grad_(False)
+    with pytest.raises(MatchError, match="all 3 adder layers are frozen, '1' to begin with"):
+        adder_weights(model)
+
+
+def test_a_weight_outside_the_optimizer_is_told_by_its_shape():
+    model = network()
+    optimizer = torch.optim.SGD([model[1].weight, model[6].weight], lr=0.1)
+    with pytest.raises(StateError, match=r"1 of 3 adder weights are not in the optimizer, one of shape \(2, 5, 3, 3\)"):
+        AdderLearningRate(optimizer, adder_weights(model))
+
+
+@pytest.mark.parametrize("normed", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.orthogonal])
+def test_a_weight_that_is_computed_is_refused_by_the_name_of_its_layer(normed):
+    model = network()
+    normed(model[4])
+    with pytest.raises(StateError, match="the weight of 4 is computed from other tensors, by weight norm"):
+        adder_weights(model)
+
+
+def test_a_second_rule_for_a_weight_of_an_optimizer_is_refused():
+    model = network()
+    optimizer, rule = sgd(model)
+    with pytest.raises(StateError, match="3 of 3 adder weights have a rule in this optimizer already"):
+        AdderLearningRate(optimizer, adder_weights(model))
+    optimizer.load_state_dict(optimizer.state_dict())
+    with pytest.raises(
+        StateError, match=r"2 of 2 adder weights have a rule .* which loading a state does not take off"
+    ):
+        AdderLearningRate(optimizer, adder_weights(model)[1:], eta=0.1)
+    rule.remove()
+    rule.remove()
+    first, *rest = adder_weights(model)
+    rules = AdderLearningRate(optimizer, [first], eta=0.1), AdderLearningRate(optimizer, rest)  # one eta each
+    model(BATCH).square().sum().backward()
+    optimizer.step()
+    for weight, eta in ((first, 0.1), *((weight, 0.2) for weight in rest)):
+        length = torch.linalg.vector_norm(weight.grad) / math.sqrt(weight.numel())
+        torch.testing.assert_close(length.item(), eta, **CLOSE)
+    assert len(rules) == 2
+    AdderLearningRate(torch.optim.SGD(model.parameters(), lr=0.1), adder_weights(model))  # another optimizer
+
+
 @pytest.mark.parametrize("eta", [0.0, -0.2, math.inf, math.nan])
 def test_lengths_that_no_update_has_are_refused(eta):
     model = network()

@@ -12,6 +12,7 @@ from torch import nn
 from q_adder import (
     AdderConv2d,
     AdderLinear,
+    Published,
     QuantAdderConv2d,
     QuantAdderLinear,
     QuantAdderMatmul,
@@ -271,7 +272,8 @@ def test_a_scale_that_does_not_learn_is_a_buffer_and_one_that_does_is_the_only_n
         tied = TiedGrid(TiedSpec(4), torch.ones(1), torch.zeros(1), one_group(2), learnable=learnable)
         layer = QuantAdderLinear(3, 2, tied=tied)
         assert ("tied.scale" in dict(layer.named_parameters())) == learnable
-        assert set(layer.state_dict()) == {"weight", "bias", "tied.scale", "tied.zero_point", "tied.group_of"}
+        keys = {"weight", "bias", "tied.scale", "tied.zero_point", "tied.group_of", "tied.kind"}
+        assert set(layer.state_dict()) == keys
         assert layer.tied.scale.ndim == 1
 
 
@@ -324,8 +326,39 @@ def test_the_state_of_a_quantized_model_fits_one_of_the_same_structure():
     assert not torch.equal(models[0](x), models[1](x))
     models[1].load_state_dict(copy.deepcopy(models[0].state_dict()), strict=True)
     assert torch.equal(models[0](x), models[1](x))
-    keys = {"weight", "bias", "tied.scale", "tied.zero_point", "tied.group_of"}
+    keys = {"weight", "bias", "tied.scale", "tied.zero_point", "tied.group_of", "tied.kind"}
     assert set(models[0][3].state_dict()) == keys
+
+
+def test_a_state_of_other_codes_is_refused():
+    """Its scale fits in shape: a state of 4 bits in a model of 8 would give other numbers without a word."""
+    x, _ = digits_like()
+    model = network().train()
+    model(x)
+    states = {}
+    for bits, step in ((4, 1), (8, 1), (8, 2)):
+        options = {"weight_bits": bits, "activation_bits": bits, "scheme": Published(1) if step == 2 else None}
+        states[bits, step] = redistribute(model.eval(), [x], **options, progress=False).model
+    for one, other in (((4, 1), (8, 1)), ((8, 1), (8, 2)), ((8, 2), (8, 1))):
+        with pytest.raises(RuntimeError) as caught:
+            states[other].load_state_dict(states[one].state_dict())
+        for path in ("3", "7"):
+            text = (
+                f"{path}.tied: the state has [bits, weight step] = {list(one)}, the layer {list(other)}: load it into"
+            )
+            assert text in str(caught.value)
+    with pytest.raises(RuntimeError, match=r"3\.tied: the state has \[bits, weight step\] = \[4, 1\]"):
+        trainable(states[8, 1]).load_state_dict(trainable(states[4, 1]).state_dict())
+
+
+def test_a_state_that_does_not_name_its_codes_is_taken():
+    x, _ = digits_like()
+    models = [redistribute(network().eval(), [x], progress=False).model for _ in range(2)]
+    earlier = {name: value.clone() for name, value in models[0].state_dict().items() if not name.endswith("kind")}
+    assert len(earlier) < len(models[0].state_dict())
+    models[1].load_state_dict(earlier, strict=True)
+    assert torch.equal(models[0](x), models[1](x))
+    assert not any(name.endswith("kind") for name in pack(models[0]).state_dict())
 
 
 def test_groups_follow_when_a_state_is_loaded():

@@ -497,6 +497,18 @@ def test_statistics_may_be_observed_once_and_used_often():
         assert left.scales[0] == pytest.approx(right.scales[0], rel=0.2)
 
 
+@pytest.mark.parametrize("make", [lambda: ExactRange(0.9), lambda: StreamingRange(0.9)])
+def test_a_statistic_may_be_given_as_a_template(make):
+    model, x = trained()
+    template = make()
+    one, other = (redistribute(model, [x], input_range=given, progress=False) for given in (template, make))
+    assert [layer.scales for layer in one.layers] == [layer.scales for layer in other.layers]
+    assert len({layer.scales for layer in one.layers}) == 3
+    assert template.low > template.high
+    wide = redistribute(model, [x], progress=False)
+    assert all(a.scales[0] < b.scales[0] for a, b in zip(one.layers, wide.layers, strict=True))
+
+
 def test_idle_groups_are_reported():
     model, x = trained()
     # Every kernel reaches beyond the inputs, so every group has their range.
@@ -538,6 +550,9 @@ def test_everything_is_listed_as_quantized_or_float():
         "10": "BatchNorm1d",
         "11": "Linear",
     }
+    reasons = {layer.kind: layer.reason for layer in report.stays_float}
+    assert reasons["Linear"] == "an ordinary layer, and edge_bits=32"
+    assert reasons["BatchNorm2d"] == "holds parameters, but is no adder, convolution or linear layer"
 
 
 # Means ------------------------------------------------------------------------------------------------------------
@@ -775,6 +790,9 @@ def test_the_report_of_a_transformer_lists_what_is_quantized_and_all_that_stays_
         "BatchNorm1d": 14,
         "QuantAdd": 6,
         "Linear": 1,
+    }
+    assert {layer.reason for layer in report.stays_float if layer.kind == "QuantAdd"} == {
+        "joins activations, which redistribute leaves float"
     }
     floats = {layer.path for layer in report.stays_float}
     assert {"", "patch_embedding", "norm", "head", "blocks.0.norm1"} <= floats

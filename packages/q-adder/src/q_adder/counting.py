@@ -15,26 +15,30 @@ percent or two of the pairs in ResNet-20, less in the larger networks.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, final
 
 from torch import Tensor, nn
 
+from q_adder.integer import IntegerAdderConv2d, IntegerAdderLinear, IntegerAdderMatmul
 from q_adder.layers import AdderConv2d, AdderLinear, AdderMatmul
 from q_adder.models.deit import ProductMatmul
-from q_adder.quantized import QuantAdderConv2d, QuantAdderLinear
+from q_adder.quantized import QuantAdderConv2d, QuantAdderLinear, QuantAdderMatmul
 from q_core.calibrate import evaluation
 from q_core.errors import StateError
 
 Pairs = Callable[[Any, tuple[Any, ...], Any], int]
-"""From a layer, its positional inputs and its output to its number of pairs."""
+"""From a layer, its inputs and its output to its number of pairs."""
 
 
 def _conv_pairs(layer: Any, inputs: tuple[Any, ...], output: Tensor) -> int:
     # Every element of the output meets a kernel; of a transposed convolution, every element of the input.
     elements = inputs[0].numel() if layer.transposed else output.numel()
-    return int(elements) * int(layer.weight[0].numel())
+    # Not the weight, which a packed layer does not have.
+    channels = (layer.out_channels if layer.transposed else layer.in_channels) // layer.groups
+    return int(elements) * int(math.prod((channels, *layer.kernel_size)))
 
 
 def _linear_pairs(layer: Any, inputs: tuple[Any, ...], output: Tensor) -> int:
@@ -66,9 +70,13 @@ DISTANCES: Mapping[type[nn.Module], Pairs] = MappingProxyType(
         AdderMatmul: _matmul_pairs,
         QuantAdderConv2d: _conv_pairs,
         QuantAdderLinear: _linear_pairs,
+        QuantAdderMatmul: _matmul_pairs,
+        IntegerAdderConv2d: _conv_pairs,
+        IntegerAdderLinear: _linear_pairs,
+        IntegerAdderMatmul: _matmul_pairs,
     }
 )
-"""Layers that sum absolute differences, and how their pairs are counted."""
+"""Layers that sum absolute differences, float, quantized or packed, and how their pairs are counted."""
 
 
 @final
@@ -134,7 +142,8 @@ class OperationCount:
     Attributes:
         layers: Every counted layer that ran, in the order of the modules.
         uncounted: Path and class of every module that holds parameters and was not counted: norms, layers of a kind
-            that is not in the tables, and layers that did not run.
+            that is not in the tables, and layers that did not run. Of a packed model, whose parts hold their tensors as
+            buffers, only what has parameters left.
     """
 
     layers: tuple[LayerCount, ...]
@@ -181,7 +190,7 @@ def count_operations(
 
     Args:
         model: Any model. Products and distances written as functions, not modules, cannot be seen.
-        *inputs: What the model is called with.
+        *inputs: What the model is called with. A packed model has values to compute with and runs where they are.
         products: Layers that multiply; add your own as `{**PRODUCTS, MyLayer: pairs}`.
         distances: Layers that sum absolute differences. A layer in both tables is counted by the closest class.
 
@@ -197,7 +206,7 @@ def count_operations(
     try:
         for name, module in model.named_modules():
             if (found := chosen[name]) is not None:
-                handles.append(module.register_forward_hook(_hook(pairs, name, found[0])))
+                handles.append(module.register_forward_hook(_hook(pairs, name, found[0]), with_kwargs=True))
         with evaluation(model):
             model(*inputs)
     finally:
@@ -234,8 +243,8 @@ def _counter(
     return None
 
 
-def _hook(pairs: dict[str, int], name: str, counter: Pairs) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
-    def add(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        pairs[name] = pairs.get(name, 0) + counter(module, inputs, output)
+def _hook(pairs: dict[str, int], name: str, counter: Pairs) -> Callable[..., None]:
+    def add(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        pairs[name] = pairs.get(name, 0) + counter(module, (*inputs, *named.values()), output)
 
     return add

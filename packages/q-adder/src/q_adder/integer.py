@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from q_adder import ops
-from q_adder.functional import check_windows
+from q_adder.functional import as_rows, check_windows, pad, uncast
 from q_adder.layers import AdderConv2d, AdderLinear, AdderMatmul
 from q_adder.quantized import (
     QuantAdderConv2d,
@@ -26,15 +26,13 @@ from q_adder.quantized import (
     TiedGrid,
     TiedSpec,
     as_line,
-    as_rows,
     from_line,
     naming,
-    pad,
 )
 from q_core import functional as core
-from q_core.calibrate import evaluation
+from q_core.calibrate import evaluation, feed
 from q_core.checkpoint import describe, rebuild
-from q_core.errors import FormatError
+from q_core.errors import FormatError, MatchError
 from q_core.layers import conv_arguments, linear_arguments
 from q_core.module import PreciseModule
 from q_core.packed import packed_form, stored
@@ -157,6 +155,7 @@ class IntegerAdderConv2d(nn.Conv2d):
             DataError: The input holds a NaN.
         """
         with naming(self.path), torch.no_grad():
+            x = uncast(x)
             padded = pad(x.unsqueeze(0) if x.ndim == 3 else x, self)
             out: Tensor = self.kernels(padded, list(self.stride), list(self.dilation), self.groups).to(x.dtype)
             return out.squeeze(0) if x.ndim == 3 else out
@@ -181,6 +180,7 @@ class IntegerAdderLinear(nn.Linear):
             DataError: The input holds a NaN.
         """
         with naming(self.path), torch.no_grad():
+            input = uncast(input)
             out = self.kernels(as_line(input), [1, 1], [1, 1], 1)
             return from_line(out, input).to(input.dtype)
 
@@ -243,7 +243,12 @@ def _(module: QuantAdderMatmul) -> nn.Module:
 
 
 def _frozen(tied: TiedGrid) -> TiedGrid:
-    return TiedGrid(tied.spec, tied.scale, tied.zero_point, tied.group_of)
+    return _described_elsewhere(TiedGrid(tied.spec, tied.scale, tied.zero_point, tied.group_of))
+
+
+def _described_elsewhere(tied: TiedGrid) -> TiedGrid:
+    tied.kind = None  # see `describe`; the tensors of a file stay what they were
+    return tied
 
 
 @describe.register(IntegerAdderConv2d)
@@ -290,7 +295,7 @@ def _described(entry: Mapping[str, Any], shape: tuple[int, ...], dtype: torch.dt
 def _bare(spec: TiedSpec, groups: int, outputs: int) -> TiedGrid:
     with torch.device("meta"):
         ones = torch.ones(groups)
-        return TiedGrid(spec, ones, ones, torch.zeros(outputs, dtype=torch.int64))
+        return _described_elsewhere(TiedGrid(spec, ones, ones, torch.zeros(outputs, dtype=torch.int64)))
 
 
 @rebuild.register
@@ -311,39 +316,53 @@ def _(layer: AdderMatmul, entry: dict[str, Any]) -> nn.Module:
 
 
 def explain(model: nn.Module, example: Any) -> dict[str, str]:
-    """Tell how each quantized adder layer computes its integer distance on this machine, and why.
+    """Tell how each adder layer computes its distance on this machine, and why.
 
     Args:
-        model: A model with quantized or packed adder layers. Not changed.
-        example: Input of the model; the choice depends on its shape.
+        model: A model with adder layers: quantized or packed ones compute with integers, float ones with reals. Not
+            changed.
+        example: A batch as `redistribute` takes it; the choice depends on its shape.
 
     Returns:
-        For the path of each layer, one line for each implementation.
+        For the path of each layer, one line for each implementation. For a float layer a line before says that it is.
+
+    Raises:
+        MatchError: The model has no adder layer.
     """
     found: dict[str, str] = {}
 
-    def look(path: str, layer: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, kernels, *geometry = _problem(layer, *inputs)
-        codes = (torch.empty(shape, dtype=torch.uint8, device=inputs[0].device) for shape in (x, kernels))
-        tied: TiedGrid = layer.kernels.tied if isinstance(layer, IntegerAdderLayer) else layer.tied
-        found[path] = ops.CODE_DISTANCE.explain(*codes, *geometry, tied.spec.bits)
+    def look(path: str, layer: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
+        operands = (*inputs, *named.values())
+        x, kernels, *geometry = _problem(layer, *operands)
+        reals = isinstance(layer, AdderConv2d | AdderLinear | AdderMatmul)
+        dtype = operands[0].dtype if reals else torch.uint8
+        tensors = (torch.empty(shape, dtype=dtype, device=operands[0].device) for shape in (x, kernels))
+        if reals:
+            text = ops.DISTANCE.explain(*tensors, *geometry, getattr(layer, "exponent", 1.0))
+            found[path] = f"float, a distance of reals: redistribute() quantizes it\n{text}"
+        else:
+            tied: TiedGrid = layer.kernels.tied if isinstance(layer, IntegerAdderLayer) else layer.tied
+            found[path] = ops.CODE_DISTANCE.explain(*tensors, *geometry, tied.spec.bits)
 
-    kinds = QuantAdderLayer | QuantAdderMatmul | IntegerAdderLayer | IntegerAdderMatmul
+    quantized = QuantAdderLayer | QuantAdderMatmul | IntegerAdderLayer | IntegerAdderMatmul
+    kinds = quantized | AdderConv2d | AdderLinear | AdderMatmul
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, kinds)]
-    handles = [module.register_forward_hook(functools.partial(look, path)) for path, module in layers]
+    if not layers:
+        raise MatchError(f"a {type(model).__name__} has no adder layer: there is nothing to explain")
+    hooks = [module.register_forward_hook(functools.partial(look, path), with_kwargs=True) for path, module in layers]
     try:
         with evaluation(model):
-            model(example)
+            feed(model, example)
     finally:
-        for handle in handles:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
     return found
 
 
 def _problem(layer: Any, *inputs: Tensor) -> tuple[Any, ...]:
     """Return the shapes of the padded input and of the kernels of one layer, stride, dilation and groups."""
     x = inputs[0]
-    if isinstance(layer, QuantAdderMatmul | IntegerAdderMatmul):
+    if isinstance(layer, AdderMatmul | QuantAdderMatmul | IntegerAdderMatmul):
         batch = math.prod(x.shape[:-2])
         width = x.shape[-1]
         return (1, batch * width, inputs[1].shape[-2], 1), (batch * x.shape[-2], width, 1, 1), [1, 1], [1, 1], batch
@@ -373,13 +392,21 @@ def level_distance_conv2d(
 
     Args:
         x: Padded input, any reals.
-        codes: Code of each weight, below L.
+        codes: Code of each weight, below L. One beyond counts as L - 1, which is not checked: that would wait for the
+            device and end a compiled graph.
         levels: Levels in ascending order.
         stride: Two steps, in pixels.
         dilation: Two spacings of the taps, in pixels.
         groups: Groups of channels that do not see each other.
+
+    Returns:
+        Distances, in the dtype of `x`, float32 instead of a narrower one under autocast.
     """
+    x = uncast(x)
     steps = (x.unsqueeze(2) - levels.reshape(1, 1, -1, 1, 1)).abs()
     planes = torch.cat([steps[:, :, :1], steps.diff(dim=2)], 2).flatten(1, 2)
     reached = codes.unsqueeze(2) >= torch.arange(len(levels), device=x.device).reshape(1, 1, -1, 1, 1)
-    return -F.conv2d(planes, reached.flatten(1, 2).to(x.dtype), stride=stride, dilation=dilation, groups=groups)
+    kernels = reached.flatten(1, 2).to(x.dtype)
+    # Autocast would narrow the planes again.
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        return -F.conv2d(planes, kernels, stride=stride, dilation=dilation, groups=groups)

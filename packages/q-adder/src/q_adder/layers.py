@@ -9,9 +9,8 @@ from typing import Any, final
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from q_adder.functional import adder2d, adder_linear, adder_matmul, check_exponent
+from q_adder.functional import adder2d, adder_linear, adder_matmul, check_exponent, pad
 from q_core.errors import MatchError, RangeError
 
 _PLACE_OF_BIAS_IN_CONV2D, _PLACE_OF_BIAS_IN_LINEAR = 8, 3  # counted from 1
@@ -23,6 +22,10 @@ class AdderConv2d(nn.Conv2d):
 
     Takes the arguments of `torch.nn.Conv2d`, in the same places; there is no bias unless asked for, because a batch
     norm must follow. Padded pixels are taps like any other, in every `padding_mode`.
+
+    Outputs lie far from zero and close to each other. Under `torch.autocast` they are float32; a layer that is cast by
+    `.bfloat16()` or `.half()` returns that dtype and loses most of what tells outputs apart, and in float16 they become
+    minus infinity below -65504, see `q_adder.functional.adder2d`.
 
     Args:
         *args: As `torch.nn.Conv2d`.
@@ -59,12 +62,8 @@ class AdderConv2d(nn.Conv2d):
 
     def forward(self, x: Float[Tensor, "*n c h w"]) -> Float[Tensor, "*n o i j"]:
         """Return minus the distance between every window and every kernel, of a batch or of one image."""
-        # torch's own bookkeeping: padding per side, last axis first, also for padding="same".
-        edges = self._reversed_padding_repeated_twice
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        padded = F.pad(x, edges, mode=mode) if any(edges) else x
         return adder2d(
-            padded,
+            pad(x, self),
             self.weight,
             self.bias,
             stride=(self.stride[0], self.stride[1]),
@@ -78,7 +77,8 @@ class AdderConv2d(nn.Conv2d):
 class AdderLinear(nn.Linear):
     """A linear layer that sums absolute differences.
 
-    Takes the arguments of `torch.nn.Linear`, in the same places; there is no bias unless asked for.
+    Takes the arguments of `torch.nn.Linear`, in the same places; there is no bias unless asked for. Under autocast it
+    returns float32, as `AdderConv2d` does.
 
     Args:
         *args: As `torch.nn.Linear`.

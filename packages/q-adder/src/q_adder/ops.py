@@ -10,10 +10,13 @@ memory is that of inputs, outputs and one panel.
 
 At exponent 1 the gradients are the published ones, not the derivative of the absolute value: $X - W$ to the weight and
 $\mathrm{HardTanh}(W - X)$ to the input (Chen et al. 2020, arXiv:1912.13200, eq. 5 and 6). Above 1 they are the
-derivative.
+derivative. They exist backwards only: a published gradient is no derivative, so forward mode is refused.
+
+Layers and functions call the operators through `differentiable`, which `torch.func.grad` and `torch.func.vjp` can see
+through.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
 from q_adder import thermometer
-from q_core.errors import DataError
+from q_core.errors import BackendError, DataError
 from q_core.kernels import Operator
 
 _PANEL = 1 << 21  # elements of a panel: 8 MiB in float32, within the last-level cache of a server
@@ -73,6 +76,74 @@ def _table(weight: Tensor, groups: int) -> Tensor:
     return weight.to(_work_dtype(weight.dtype)).reshape(groups, weight.shape[0] // groups, -1)
 
 
+_functions: dict[Any, type[torch.autograd.Function]] = {}
+
+
+def differentiable(operator: Any, *arguments: Any) -> Tensor:
+    """Call an operator of this module so that `torch.func` can differentiate it.
+
+    An operator of `torch.library` alone cannot be differentiated by `torch.func`, and drops the tangents of forward
+    mode without a word.
+
+    Args:
+        operator: `distance_conv2d`, `distance_matmul`, `tied_distance_conv2d` or `tied_distance_matmul`, or one that
+            computes a gradient of these.
+        *arguments: Its arguments.
+
+    Raises:
+        BackendError: An argument carries a tangent of forward mode.
+    """
+    # A compiler takes the operator itself into its graph, where it can see the gradient.
+    call = operator if torch.compiler.is_compiling() else _functions[operator].apply
+    out: Tensor = call(*arguments)
+    return out
+
+
+def _give_gradient(operator: Any, backward: Callable[..., Any], save: Callable[..., None]) -> None:
+    """Register the gradient of an operator, with `torch.library` and for `differentiable`."""
+    operator.register_autograd(backward, setup_context=save)
+    _see_through(operator, backward, save)
+
+
+def _see_through(operator: Any, backward: Callable[..., Any], save: Callable[..., None]) -> None:
+    """Make an operator one that `differentiable` can call."""
+
+    class Function(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*arguments: Any) -> Any:
+            return operator(*arguments)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            save(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return backward(ctx, *grads)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise BackendError(
+                "adder operators have no forward mode: their published gradient is no derivative and goes backwards "
+                "only; use backward(), torch.autograd.grad, torch.func.grad or torch.func.vjp"
+            )
+
+    _functions[operator] = Function
+
+
+def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
+    raise BackendError(
+        "adder operators have no second derivative: their gradient is the published one, which is no derivative; "
+        "differentiate once, without create_graph=True"
+    )
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
 @torch.library.custom_op("q_adder::distance_conv2d", mutates_args=())
 def distance_conv2d(
     x: Tensor, weight: Tensor, stride: list[int], dilation: list[int], groups: int, exponent: float
@@ -97,7 +168,9 @@ def _distance_meaning(
     out = _output_like(x, weight, stride, dilation)
     table = _table(weight, groups)
     for block, group, panel, _ in _panels(x, weight, stride, dilation, groups):
-        distance = torch.cdist(table[group], panel.T.contiguous(), p=exponent)
+        # Squared distances by way of a matrix product would lose what rows that are close have in common.
+        exactly = "donot_use_mm_for_euclid_dist"
+        distance = torch.cdist(table[group], panel.T.contiguous(), p=exponent, compute_mode=exactly)
         if exponent != 1.0:
             distance = distance.pow(exponent)
         target = out[block].transpose(0, 1)
@@ -208,12 +281,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     arguments = (grad.contiguous(), x, weight, ctx.stride, ctx.dilation, ctx.groups, ctx.exponent)
-    grad_x = distance_conv2d_input_grad(*arguments) if ctx.needs_input_grad[0] else None
-    grad_weight = distance_conv2d_weight_grad(*arguments) if ctx.needs_input_grad[1] else None
+    grad_x = differentiable(distance_conv2d_input_grad, *arguments) if ctx.needs_input_grad[0] else None
+    grad_weight = differentiable(distance_conv2d_weight_grad, *arguments) if ctx.needs_input_grad[1] else None
     return grad_x, grad_weight, None, None, None, None
 
 
-distance_conv2d.register_autograd(_backward, setup_context=_save)
+for _operator in (distance_conv2d_input_grad, distance_conv2d_weight_grad):
+    _see_through(_operator, _no_second_derivative, _save_nothing)
+_give_gradient(distance_conv2d, _backward, _save)
 
 
 @torch.library.custom_op("q_adder::code_distance_conv2d", mutates_args=())
@@ -366,12 +441,12 @@ def _tied_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _tied_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     arguments = (grad.contiguous(), x, weight, ctx.stride, ctx.dilation, ctx.groups, 1.0)
-    grad_x = distance_conv2d_input_grad(*arguments) if ctx.needs_input_grad[0] else None
-    grad_weight = distance_conv2d_weight_grad(*arguments) if ctx.needs_input_grad[1] else None
+    grad_x = differentiable(distance_conv2d_input_grad, *arguments) if ctx.needs_input_grad[0] else None
+    grad_weight = differentiable(distance_conv2d_weight_grad, *arguments) if ctx.needs_input_grad[1] else None
     return grad_x, grad_weight, None, None, None, None, None, None
 
 
-tied_distance_conv2d.register_autograd(_tied_backward, setup_context=_tied_save)
+_give_gradient(tied_distance_conv2d, _tied_backward, _tied_save)
 
 
 @torch.library.custom_op("q_adder::distance_matmul", mutates_args=())
@@ -439,12 +514,14 @@ def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     a, b = ctx.saved_tensors
-    grad_a = distance_matmul_grad(grad, a, b) if ctx.needs_input_grad[0] else None
-    grad_b = distance_matmul_grad(grad.transpose(1, 2).contiguous(), b, a) if ctx.needs_input_grad[1] else None
+    wanted, swapped = ctx.needs_input_grad, grad.transpose(1, 2).contiguous()
+    grad_a = differentiable(distance_matmul_grad, grad, a, b) if wanted[0] else None
+    grad_b = differentiable(distance_matmul_grad, swapped, b, a) if wanted[1] else None
     return grad_a, grad_b
 
 
-distance_matmul.register_autograd(_matmul_backward, setup_context=_save_operands)
+_see_through(distance_matmul_grad, _no_second_derivative, _save_nothing)
+_give_gradient(distance_matmul, _matmul_backward, _save_operands)
 
 
 @torch.library.custom_op("q_adder::code_distance_matmul", mutates_args=())
@@ -519,4 +596,4 @@ def _tied_matmul_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*_matmul_backward(ctx, grad), None, None, None)
 
 
-tied_distance_matmul.register_autograd(_tied_matmul_backward, setup_context=_save_levels)
+_give_gradient(tied_distance_matmul, _tied_matmul_backward, _save_levels)

@@ -8,6 +8,7 @@ Here it runs once per step, on the gradient that the optimizer is about to use.
 
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +20,38 @@ from q_core.errors import MatchError, RangeError, StateError
 
 
 def adder_weights(model: nn.Module) -> list[nn.Parameter]:
-    """List the weights of all adder layers of a model, float and quantized, each once.
+    """List the weights of all adder layers of a model that are trained, float and quantized, each once.
+
+    Frozen weights, which have `requires_grad=False`, are left away.
 
     Args:
         model: A model with adder layers.
 
     Raises:
-        MatchError: The model has none.
+        MatchError: The model has none, or all are frozen.
+        StateError: The weight of a layer is computed from other tensors, by weight norm or the like.
     """
     kinds = (AdderConv2d, AdderLinear, QuantAdderConv2d, QuantAdderLinear)
-    modules = (module for module in model.modules() if isinstance(module, kinds))
-    weights = [module.weight for module in modules if isinstance(module.weight, nn.Parameter)]
-    if not weights:
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, kinds)}
+    if not layers:
         raise MatchError(f"{type(model).__name__} has no adder layer: leave the rule away for a model of other layers")
+    for path, layer in layers.items():
+        if layer._parameters.get("weight") is None:
+            raise StateError(
+                f"the weight of {path or 'the layer'} is computed from other tensors, by weight norm, pruning or so, "
+                "and the rule is about the gradient of the weight itself: take the parametrization off"
+            )
+    weights: list[Any] = [layer.weight for layer in layers.values() if layer.weight.requires_grad]
+    if not weights:
+        raise MatchError(
+            f"all {len(layers)} adder layers are frozen, {next(iter(layers))!r} to begin with: leave the rule away, or "
+            "set requires_grad before"
+        )
     return list(dict.fromkeys(weights))
+
+
+_ruled: WeakKeyDictionary[Optimizer, set[int]] = WeakKeyDictionary()
+"""The weights of each optimizer that have a rule. An optimizer keeps its weights alive, so an id stays that of one."""
 
 
 class AdderLearningRate:
@@ -46,16 +65,18 @@ class AdderLearningRate:
     compare gradients of several evaluations, such as LBFGS, then compare normalised ones, which are the gradients of no
     function: do not use them with this rule.
 
-    The rule has no state of its own and is not part of the optimizer's state dict: build it again after loading.
+    The rule has no state of its own and is not part of the optimizer's state dict: a new optimizer needs it again. One
+    that loads a state keeps it.
 
     Args:
         optimizer: The optimizer that holds the weights.
-        weights: Weights of adder layers, see `adder_weights`. Under data parallelism those of the wrapped model.
+        weights: Weights of adder layers, see `adder_weights`. Under data parallelism those of the wrapped model. Frozen
+            ones are passed over.
         eta: Length of the update per weight, relative to the learning rate. 0.2 for all published networks.
 
     Raises:
         RangeError: `eta` is not positive and finite.
-        StateError: There is no weight, or one does not belong to the optimizer.
+        StateError: There is no weight, or one does not belong to the optimizer, or has a rule there already.
 
     Source:
         Chen et al. 2020, arXiv:1912.13200, eq. 12 and 13; eta = 0.2 as released.
@@ -64,14 +85,24 @@ class AdderLearningRate:
     def __init__(self, optimizer: Optimizer, weights: Iterable[nn.Parameter], *, eta: float = 0.2) -> None:
         if not 0 < eta < float("inf"):
             raise RangeError(f"eta={eta}: it must be positive and finite; 0.2 is what all published networks use")
-        self.eta, self.weights = eta, list(weights)
+        self.eta, self.weights = eta, [weight for weight in weights if weight.requires_grad]
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        strangers = sum(id(weight) not in held for weight in self.weights)
+        strangers = [weight for weight in self.weights if id(weight) not in held]
         if strangers or not self.weights:
+            first = f", one of shape {tuple(strangers[0].shape)} to begin with" if strangers else ""
             raise StateError(
-                f"{strangers} of {len(self.weights)} adder weights are not in the optimizer: build it over all "
-                "parameters of the model first"
+                f"{len(strangers)} of {len(self.weights)} adder weights are not in the optimizer{first}: build it over "
+                "all parameters of the model first"
             )
+        ruled = _ruled.setdefault(optimizer, set())
+        again = sum(id(weight) in ruled for weight in self.weights)
+        if again:
+            raise StateError(
+                f"{again} of {len(self.weights)} adder weights have a rule in this optimizer already, which loading a "
+                "state does not take off: keep that one, or remove() it first"
+            )
+        ruled.update(id(weight) for weight in self.weights)
+        self._ruled = ruled
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
     def _before_step(
@@ -105,6 +136,7 @@ class AdderLearningRate:
     def remove(self) -> None:
         """Take the rule off the optimizer."""
         self._handle.remove()
+        self._ruled.difference_update(id(weight) for weight in self.weights)
 
 
 def _set_length_(grad: Tensor, length: float, scale: Tensor | None) -> None:

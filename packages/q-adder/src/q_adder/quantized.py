@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from q_adder import ops
-from q_adder.functional import check_rows, check_windows
+from q_adder.functional import as_rows, check_windows, pad, uncast
 from q_adder.layers import AdderConv2d, AdderLinear
 from q_core import functional as core
 from q_core.analysis import Entering, entering
@@ -39,7 +39,7 @@ class TiedSpec:
             signed weights of the same number of bits beside unsigned inputs, as published.
 
     Raises:
-        SpecError: Bits outside 2 to 8, or another step.
+        SpecError: Bits that are not a whole number from 2 to 8, or another step.
     """
 
     bits: int
@@ -47,8 +47,8 @@ class TiedSpec:
 
     def __post_init__(self) -> None:
         """Check the fields."""
-        if not 2 <= self.bits <= 8:
-            raise SpecError(f"bits={self.bits}: an adder layer is quantized to 2 to 8 bits")
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise SpecError(f"bits={self.bits!r}: an adder layer is quantized to 2 to 8 bits, a whole number")
         if self.weight_step not in (1, 2):
             raise SpecError(f"weight_step={self.weight_step}: weights lie on every level (1) or on every other (2)")
 
@@ -68,6 +68,10 @@ class TiedSpec:
 class TiedGrid(PreciseModule):
     r"""Levels that the input and the kernels of one layer share: $\Delta\,(q - z)$ with codes q of both.
 
+    The state dict names the bits and the weight step under `kind`, and a state of other codes is refused when it is
+    loaded, because its scale would fit in shape and mean something else. A state that does not name them, of an earlier
+    release or of a packed model, whose file describes them, is taken as it is.
+
     Args:
         spec: The codes.
         scale: Width of one code $\Delta$ of each group of kernels, [groups].
@@ -82,6 +86,7 @@ class TiedGrid(PreciseModule):
 
     Attributes:
         sizes: Number of kernels in each group: plain integers, so that the shapes of a compiled graph are known.
+        kind: Bits and weight step, int32 [2]; None in a packed layer.
     """
 
     def __init__(
@@ -112,8 +117,24 @@ class TiedGrid(PreciseModule):
         self.register_buffer("zero_point", zero_point.detach().to(wide.dtype).clone())
         self.group_of: Tensor
         self.register_buffer("group_of", group_of.detach().clone())
+        self.kind: Tensor | None
+        kind = torch.tensor([spec.bits, spec.weight_step], dtype=torch.int32, device=scale.device)
+        self.register_buffer("kind", kind)
         self.sizes = _sizes(self)
         self.register_load_state_dict_post_hook(_recount)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        # The last of the rest collects errors, which torch raises together when all modules are through.
+        if self.kind is not None:
+            given = state.setdefault(f"{prefix}kind", self.kind)
+            own = [self.spec.bits, self.spec.weight_step]
+            if not given.is_meta and given.tolist() != own:
+                rest[-1].append(
+                    f"{prefix.rstrip('.') or 'the levels'}: the state has [bits, weight step] = {given.tolist()}, the "
+                    f"layer {own}: load it into a model that was quantized to the same bits by the same scheme"
+                )
+                return
+        super()._load_from_state_dict(state, prefix, *rest)
 
     @property
     def groups(self) -> int:
@@ -273,7 +294,7 @@ def tied_distance(
     for group, kernels in enumerate(tied.split(tied.weight(weight), groups)):
         scale, zero = tied.scale[group].detach().reshape(1), tied.zero_point[group].reshape(1)
         arguments = (scale, zero, tied.spec.bits, stride, dilation, groups)
-        parts.append(ops.tied_distance_conv2d(tied.input(x, group), kernels, *arguments))
+        parts.append(ops.differentiable(ops.tied_distance_conv2d, tied.input(x, group), kernels, *arguments))
     return tied.join(parts, groups)
 
 
@@ -284,6 +305,11 @@ class QuantAdderConv2d(nn.Conv2d):
     Takes the arguments of `torch.nn.Conv2d`. The weight stays as it was in float: the clamp to the range of the levels
     and the constant that makes up for it are computed from the scale, so they follow when the scale or the weight
     learns.
+
+    Inputs beyond the range are clamped to its ends: those of a layer with one-sided levels, calibrated on inputs that
+    are never negative, to zero if they are negative later. Nothing is raised then.
+
+    It returns the dtype of its input, float32 instead of a narrower one under autocast, as `AdderConv2d` does.
 
     Attributes:
         tied: The levels.
@@ -312,6 +338,7 @@ class QuantAdderConv2d(nn.Conv2d):
             ShapeError: The input does not fit the layer.
         """
         with naming(self.path):
+            x = uncast(x)
             padded = pad(x.unsqueeze(0) if x.ndim == 3 else x, self)
             check_windows(padded, self.weight, (self.dilation[0], self.dilation[1]), self.groups)
             geometry = (list(self.stride), list(self.dilation), self.groups)
@@ -351,6 +378,7 @@ class QuantAdderLinear(nn.Linear):
             ShapeError: The input does not fit the layer.
         """
         with naming(self.path):
+            input = uncast(input)
             line, kernels = as_line(input), self.weight[:, :, None, None]
             check_windows(line, kernels, (1, 1), 1)
             out = tied_distance(line, kernels, self.tied, [1, 1], [1, 1], 1)
@@ -404,22 +432,11 @@ class QuantAdderMatmul(nn.Module):
             check_sum(self.path, a.shape[-1], self.tied.spec)
             scale, zero = self.tied.scale.detach(), self.tied.zero_point
             levels = [self.tied.input(operand, 0) for operand in rows]
-            out: Tensor = ops.tied_distance_matmul(levels[0], levels[1], scale, zero, self.tied.spec.bits)
+            out = ops.differentiable(ops.tied_distance_matmul, *levels, scale, zero, self.tied.spec.bits)
             return out.reshape(*a.shape[:-1], b.shape[-2]).to(rows[0].dtype)
 
 
 QuantAdderLayer = QuantAdderConv2d | QuantAdderLinear
-
-
-def as_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Give two operands one batch dimension and one dtype.
-
-    Raises:
-        ShapeError: The rows differ in length, or the batch dimensions differ.
-    """
-    check_rows(a, b)
-    dtype, batch = torch.promote_types(a.dtype, b.dtype), math.prod(a.shape[:-2])
-    return a.to(dtype).reshape(batch, *a.shape[-2:]), b.to(dtype).reshape(batch, *b.shape[-2:])
 
 
 def as_line(rows: Shaped[Tensor, "*n k"]) -> Shaped[Tensor, "n k 1 m"]:
@@ -432,15 +449,6 @@ def as_line(rows: Shaped[Tensor, "*n k"]) -> Shaped[Tensor, "n k 1 m"]:
 def from_line(line: Float[Tensor, "n o 1 m"], rows: Shaped[Tensor, "*n k"]) -> Float[Tensor, "*n o"]:
     """Undo `as_line` for the outputs of a layer."""
     return line.reshape(line.shape[1], -1).T.reshape(*rows.shape[:-1], line.shape[1])
-
-
-def pad(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """Pad an input as a convolution does."""
-    # torch's own bookkeeping: padding per side, last axis first, also for padding="same".
-    edges = layer._reversed_padding_repeated_twice
-    if not any(edges):
-        return x
-    return F.pad(x, edges) if layer.padding_mode == "zeros" else F.pad(x, edges, mode=layer.padding_mode)
 
 
 class naming:  # noqa: N801 - a context manager, read as a word

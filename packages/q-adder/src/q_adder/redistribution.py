@@ -11,6 +11,7 @@ Source:
     from the same argument for inputs that are never negative.
 """
 
+import copy
 import dataclasses
 import itertools
 import re
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from q_adder.channels import channel_rows, hooked, shifted
+from q_adder.integer import IntegerAdderConv2d, IntegerAdderLinear, IntegerAdderMatmul
 from q_adder.layers import AdderConv2d, AdderLinear, AdderMatmul
 from q_adder.quantized import (
     QuantAdderConv2d,
@@ -37,11 +39,12 @@ from q_adder.ranges import ExactRange, InputRange, is_least
 from q_adder.schemes import Fit, OneSided, Scheme, Symmetric
 from q_core import MSEObserver, PerChannel, QuantSpec, Recipe, Rule, swap
 from q_core.calibrate import CalibrationReport, calibrate, evaluation, feed
-from q_core.errors import DataError, MatchError, SpecError
+from q_core.errors import BackendError, DataError, MatchError, RangeError, SpecError, StateError
 from q_core.methods import FLOAT_BITS, Quantized
 from q_core.swap import DEFAULT_LAYERS, FloatLayer, SwappedLayer, SwapReport, replace_modules, share
 
 AdderLayer = AdderConv2d | AdderLinear
+_DONE = QuantAdderLayer | QuantAdderMatmul | IntegerAdderConv2d | IntegerAdderLinear | IntegerAdderMatmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +113,7 @@ def redistribute(  # noqa: PLR0913 - the parts of the method, each with a defaul
     activation_bits: int = 8,
     edge_bits: int = FLOAT_BITS,
     scheme: Scheme | Mapping[str, Scheme] | None = None,
-    input_range: Callable[[], InputRange] | Mapping[str, InputRange] = ExactRange,
+    input_range: Callable[[], InputRange] | InputRange | Mapping[str, InputRange] = ExactRange,
     mean_correction: bool = True,
     reestimate_batches: int = 0,
     progress: bool = True,
@@ -120,8 +123,13 @@ def redistribute(  # noqa: PLR0913 - the parts of the method, each with a defaul
     Distances of two activations (`AdderMatmul`) are quantized too: both operands to the range of both, without the
     parts that are about kernels.
 
+    The result shares its tensors with the float model, all but biases and levels of adder layers, so that a network is
+    not in memory twice. What changes them in place afterwards changes both: `result.model.double()`, an optimizer over
+    `result.model.parameters()`, batch norms in training mode. Before any of it take a copy: `trainable(result.model)`
+    to train it, else `copy.deepcopy(result.model)`.
+
     Args:
-        model: The float model. Not changed.
+        model: The float model. Not changed, and its tensors are shared, see above.
         batches: Calibration data, as `q_core.calibrate` takes it; labels are not used. It is read several times: an
             iterator is kept in memory.
         weight_bits: Bits of the codes of kernels, 2 to 8.
@@ -129,8 +137,9 @@ def redistribute(  # noqa: PLR0913 - the parts of the method, each with a defaul
         edge_bits: Bits of ordinary convolution and linear layers, 2 to 8; 32 leaves them float, as published.
         scheme: How levels are chosen: for all layers with kernels, or by path. None, and whatever is not named, takes
             `OneSided` where the inputs of a layer are never negative and `Symmetric` elsewhere.
-        input_range: Makes the statistic of the inputs of a layer; or the statistics themselves by path, as
-            `observe_inputs` returns them, to observe once and quantize often.
+        input_range: The statistic of the inputs: one that has seen nothing, such as `ExactRange(0.999)`, of which each
+            layer gets a copy; or what makes one; or the statistics themselves by path, as `observe_inputs` returns
+            them, to observe once and quantize often.
         mean_correction: Whether the bias of each channel is set so that its mean output is that of the float model.
         reestimate_batches: Batches from which batch norms estimate their statistics anew, in training mode, after all
             else; the published pipeline takes 202 and leaves the means alone. 0 leaves batch norms as they are.
@@ -140,20 +149,23 @@ def redistribute(  # noqa: PLR0913 - the parts of the method, each with a defaul
         The quantized model, in evaluation mode, and the reports.
 
     Raises:
-        DataError: There is no batch, or one holds a NaN.
-        MatchError: The model has no adder layer, or `scheme` names a path that is none.
-        RangeError: A scheme does not suit a layer; the note names it.
-        SpecError: Bits that adder layers do not have, or that differ.
-        StateError: A layer saw no input; the note names it.
+        DataError: There is no batch, or one holds a NaN, or a weight or bias of an adder layer does.
+        BackendError: The weight of a layer is on the meta device; the note names the layer.
+        MatchError: The model has no float adder layer, or `scheme` names a path that is none.
+        RangeError: A scheme does not suit a layer, and the note names it; or a negative number of batches.
+        SpecError: Bits that adder layers do not have, or that differ; a `scheme` or `input_range` that is none.
+        StateError: A layer saw no input, or its weight is computed by weight norm, pruning or the like; the note names
+            it. Or `input_range` has seen inputs before.
 
     Source:
         Nie et al. 2022, with the clamp in its one-sided form and a correction of means in place of new batch norms.
     """
     spec = _check_bits(weight_bits, activation_bits, edge_bits)
-    floats = {path: module for path, module in model.named_modules() if isinstance(module, AdderLayer | AdderMatmul)}
-    if not floats:
-        raise MatchError(f"a {type(model).__name__} has no adder layer: use q_core.nearest for ordinary layers")
-    _check_paths(scheme, floats)
+    if reestimate_batches < 0:
+        raise RangeError(f"reestimate_batches={reestimate_batches}: it is a number of batches, 0 for none")
+    floats = _floats(model)
+    _check_scheme(scheme, floats)
+    _check_input_range(input_range)
     data = _Data(batches, progress)
     ranges = _ranges(model, data, floats, input_range)
     fits: dict[str, Fit] = {}
@@ -172,7 +184,10 @@ def redistribute(  # noqa: PLR0913 - the parts of the method, each with a defaul
     return Redistributed(twin.eval(), _swap_report(model, floats, spec.bits, kept), calibration, tuple(reports))
 
 
-def _check_bits(weight_bits: int, activation_bits: int, edge_bits: int) -> TiedSpec:
+def _check_bits(weight_bits: Any, activation_bits: Any, edge_bits: Any) -> TiedSpec:
+    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits), ("edge_bits", edge_bits)):
+        if not isinstance(bits, int):
+            raise SpecError(f"{name}={bits!r}: it must be a whole number of bits")
     if weight_bits != activation_bits:
         raise SpecError(
             f"weight_bits={weight_bits}, activation_bits={activation_bits}: kernels and inputs of an adder layer share "
@@ -183,12 +198,60 @@ def _check_bits(weight_bits: int, activation_bits: int, edge_bits: int) -> TiedS
     return TiedSpec(weight_bits)
 
 
-def _check_paths(scheme: Scheme | Mapping[str, Scheme] | None, floats: Mapping[str, nn.Module]) -> None:
+def _floats(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the float adder layers by path, once they are found fit to be quantized."""
+    kinds = AdderLayer | AdderMatmul
+    floats: dict[str, nn.Module] = {path: layer for path, layer in model.named_modules() if isinstance(layer, kinds)}
+    if not floats:
+        done = [path for path, module in model.named_modules() if isinstance(module, _DONE)]
+        if done:
+            raise MatchError(
+                f"the adder layers of this {type(model).__name__} are quantized already, {done[0]!r} to begin with: "
+                "pass the float model it was made from"
+            )
+        raise MatchError(f"a {type(model).__name__} has no adder layer: use q_core.nearest for ordinary layers")
+    for path, layer in floats.items():
+        with naming(path):
+            _check_tensors(layer)
+    return floats
+
+
+def _check_tensors(layer: nn.Module) -> None:
+    if isinstance(layer, AdderMatmul):
+        return
+    if layer._parameters.get("weight") is None:
+        raise StateError(
+            "the weight is computed from other tensors, by weight norm, pruning or another parametrization: make it an "
+            "ordinary parameter first, with torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') or the "
+            "remove function of what was applied"
+        )
+    for name, tensor in layer._parameters.items():
+        if tensor is None:
+            continue
+        if tensor.is_meta:
+            raise BackendError(f"the {name} is on the meta device, where there are no values: load the model first")
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
+            raise DataError(
+                f"{bad} of {tensor.numel()} values of the {name} are NaN or infinite: find where training diverged, or "
+                "load a sound checkpoint"
+            )
+
+
+def _check_scheme(scheme: Any, floats: Mapping[str, nn.Module]) -> None:
     named = scheme if isinstance(scheme, Mapping) else {}
     strangers = sorted(named.keys() - floats.keys())
     if strangers:
         known = ", ".join(list(floats)[:4]) + (" …" if len(floats) > 4 else "")
         raise MatchError(f"scheme names {strangers[0]!r}, which is no adder layer; there are {len(floats)}: {known}")
+    for path, one in named.items() if isinstance(scheme, Mapping) else [("", scheme)]:
+        if not (isinstance(one, Scheme) or (one is None and not path)):
+            where = f" for {path!r}" if path else ""
+            call = f": write {one.__name__}()" if isinstance(one, type) and issubclass(one, Scheme) else ""
+            raise SpecError(
+                f"scheme={one!r}{where} is no scheme{call}; it takes OneSided(), Symmetric(), Interval(), Published(), "
+                "OneScale() or a Scheme of your own, a mapping from paths to these, or None for all layers"
+            )
 
 
 def _scheme(scheme: Scheme | Mapping[str, Scheme] | None, path: str, layer: nn.Module, inputs: InputRange) -> Scheme:
@@ -227,7 +290,7 @@ def _ranges(
     model: nn.Module,
     data: Iterable[Any],
     layers: Mapping[str, nn.Module],
-    given: Callable[[], InputRange] | Mapping[str, InputRange],
+    given: Callable[[], InputRange] | InputRange | Mapping[str, InputRange],
 ) -> Mapping[str, InputRange]:
     if not isinstance(given, Mapping):
         return observe_inputs(model, data, layers, given)
@@ -241,7 +304,7 @@ def observe_inputs(
     model: nn.Module,
     batches: Iterable[Any],
     layers: Mapping[str, nn.Module],
-    input_range: Callable[[], InputRange] = ExactRange,
+    input_range: Callable[[], InputRange] | InputRange = ExactRange,
 ) -> dict[str, InputRange]:
     """Collect the statistics of the inputs of some layers, in evaluation mode.
 
@@ -252,15 +315,21 @@ def observe_inputs(
         model: The model. Not changed.
         batches: Data, as `q_core.calibrate` takes it.
         layers: Layers of the model by path.
-        input_range: Makes the statistic of one layer.
+        input_range: Makes the statistic of one layer, or one that has seen nothing, to be copied for each.
 
     Returns:
         The statistic of each layer.
 
     Raises:
         DataError: An input holds a NaN or an infinity; the note names the layer.
+        SpecError: `input_range` is no statistic and makes none.
+        StateError: It has seen inputs.
     """
-    ranges = {path: input_range() for path in layers}
+    _check_input_range(input_range)
+    ranges: dict[str, InputRange] = {}
+    for path in layers:
+        with naming(path):
+            ranges[path] = _new_range(input_range)
 
     def look(path: str, _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         with naming(path):
@@ -274,6 +343,37 @@ def observe_inputs(
         for batch in batches:
             feed(model, batch)
     return ranges
+
+
+def _new_range(given: Any) -> InputRange:
+    """Make the statistic of one layer, by a call or as a copy."""
+    if isinstance(given, InputRange):
+        return copy.deepcopy(given)
+    made = given()
+    _check_range(made, f"{made!r}, made by a call")
+    return made  # type: ignore[no-any-return]
+
+
+def _check_input_range(given: Any) -> None:
+    """Check what statistics are to be made of, before any data is read."""
+    if isinstance(given, Mapping):
+        for path, statistic in given.items():
+            _check_range(statistic, f"{statistic!r} for {path!r}")
+    elif not callable(given):
+        _check_range(given, repr(given))
+        if given.low <= given.high:
+            raise StateError(
+                "input_range has seen inputs, and every layer starts from none: give a new one, or a mapping from "
+                "paths to statistics, as observe_inputs() returns it"
+            )
+
+
+def _check_range(statistic: Any, shown: str) -> None:
+    if not isinstance(statistic, InputRange):
+        raise SpecError(
+            f"input_range gives {shown}: it takes a statistic such as ExactRange(0.999) or StreamingRange(), what "
+            "makes one, or a mapping from paths to statistics"
+        )
 
 
 def _exchange(model: nn.Module, floats: Mapping[str, nn.Module], fits: Mapping[str, Fit]) -> nn.Module:
@@ -448,9 +548,11 @@ def _swap_report(model: nn.Module, floats: Mapping[str, nn.Module], bits: int, e
         if path in done:
             continue
         if type(module) in (nn.Conv2d, nn.Linear):
-            reason = f"edge_bits={FLOAT_BITS}"
-        elif type(module) in DEFAULT_LAYERS or any(parameter is not None for parameter in module._parameters.values()):
-            reason = "redistribute quantizes adder layers, and with edge_bits convolutions and linear layers"
+            reason = f"an ordinary layer, and edge_bits={FLOAT_BITS}"
+        elif type(module) in DEFAULT_LAYERS:
+            reason = "joins activations, which redistribute leaves float"
+        elif any(parameter is not None for parameter in module._parameters.values()):
+            reason = "holds parameters, but is no adder, convolution or linear layer"
         else:
             continue
         kept.append(FloatLayer(path, type(module).__name__, reason))

@@ -294,6 +294,11 @@ def trainable(quantized: nn.Module) -> nn.Module:
     A scale is learned as the logarithm of its ratio to where it starts, so it cannot become negative, and a learning
     rate means the same in every layer: the relative change of a step.
 
+    The copy shares nothing with the model it was made of, as that does with its float model. Its state dict has other
+    keys: for each scale `tied.parametrizations.scale.original`, which is learned, and `...scale.0.start`, from which it
+    started. It loads into another copy that `trainable` made, of a model quantized in the same way; not into what
+    `redistribute` returns. What is finished is packed.
+
     Add `AdderLearningRate` to an optimizer that trains from scratch; to distil into a trained model an ordinary rate
     for weights is enough. The clamp of the kernels and the constant that makes up for it follow the scale by
     themselves.

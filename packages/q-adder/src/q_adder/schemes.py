@@ -42,10 +42,13 @@ def cluster_kernels(statistic: Float[Tensor, " outputs"], groups: int, *, seed: 
 
     Raises:
         RangeError: No group, or more groups than kernels.
+        SpecError: A number of groups that is not whole.
 
     Source:
         Nie et al. 2022; k-means of scikit-learn with its published defaults and ten starts.
     """
+    if not isinstance(groups, int):
+        raise SpecError(f"groups={groups!r}: it must be a whole number of groups of kernels")
     if not 1 <= groups <= len(statistic):
         raise RangeError(
             f"groups={groups} with {len(statistic)} kernels: there must be at least 1 and at most one each"
@@ -204,6 +207,9 @@ class OneSided(Scheme):
     """For inputs that are never negative: kernels are clamped to where the inputs are, and both use unsigned codes.
 
     Weights at or below zero and weights beyond the range are represented without any error.
+
+    Calibration refuses it where it sees a negative input. One that comes later is clamped to zero without a word, as
+    any input beyond the range is clamped to its end.
 
     One group has the range of the inputs, also where weights span less: inputs beyond the weights still tell positions
     apart, and a clamp would lose what they say at any number of bits. Several groups each have the smaller of the
