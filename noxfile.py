@@ -67,6 +67,15 @@ def tests(session: nox.Session, package: str) -> None:
     session.run("pytest", f"packages/{package}/tests", hook, *INSTALLED_ONLY, *arguments)
 
 
+@nox.session
+def kernels(session: nox.Session) -> None:
+    """Run the GPU kernels in Triton's interpreter, and count the instructions of their machine code; needs no GPU."""
+    install(session, "q-kernels", tools=[*TEST_TOOLS, "triton"])
+    tests = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("packages/q-kernels/tests/test_gpu_*.py"))]
+    session.run("pytest", *tests, *INSTALLED_ONLY, *session.posargs, env={"TRITON_INTERPRET": "1"})
+    session.run("pytest", "packages/q-kernels/tests/test_gpu_code.py", *INSTALLED_ONLY, *session.posargs)
+
+
 @nox.session(name="compile")
 def compiled(session: nox.Session) -> None:
     """Check that every quantizer and layer compiles as one graph; the type hook of `tests` would break it."""
