@@ -59,15 +59,19 @@ class Variant:
         method: Makes the quantized model.
         placement: Where activations are quantized.
         learns: Whether it takes steps.
+        views: How often each image that teaches comes, the further times cropped and flipped.
     """
 
     name: str
     method: Method
     placement: str
     learns: bool = True
+    views: int = 1
 
     def fits(self, bits: tuple[int, int]) -> bool:
         """Whether it is worth a row: A-rounding is about activations alone, the others need something to learn."""
+        if self.views > 1:
+            return bits == (2, 2)
         return bits[0] == 32 if self.name == "A-rounding" else bits[0] < 32 or self.name not in WEIGHTS_ONLY
 
 
@@ -98,6 +102,10 @@ VARIANTS = (
     Variant("AQuant, quadratic", partial(aquant, form=ElementBorder()), "input"),
     Variant("AQuant, fused", partial(aquant, form=WindowBorder()), "input"),
     Variant("AQuant, position-shared", partial(aquant, form=ChannelBorder()), "input"),
+    # What helped of what came after AQuant, see reconstruction_past.py; and the same help for those it is compared with.
+    Variant("QDrop at inputs, four views", partial(qdrop, placement=InputPlacement()), "input", views=4),
+    Variant("AQuant without borders, four views", without_borders, "input", views=4),
+    Variant("AQuant, quadratic, four views", partial(aquant, form=ElementBorder()), "input", views=4),
 )
 MAIN = [
     *(("cifar10-resnet20", bits, VARIANTS, (0, 1, 2)) for bits in ((2, 2), (3, 3), (32, 2))),
@@ -186,15 +194,17 @@ class Session:
     def cell(self, variant: Variant, bits: tuple[int, int], seed: int) -> Cell:
         return self.name, variant.name, *bits, self.iterations if variant.learns else None, seed
 
-    def batches(self, seed: int) -> Iterable[Tensor]:
-        return self.network.calibration(self.data, CALIBRATION_IMAGES, seed).split(BATCH)
+    def batches(self, seed: int, views: int) -> Iterable[Tensor]:
+        return self.network.calibration(self.data, CALIBRATION_IMAGES, seed, views).split(BATCH)
 
     def run(self, variant: Variant, bits: tuple[int, int], seed: int) -> None:
         start = time.perf_counter()
         options: dict[str, Any] = {"iterations": self.iterations, "seed": seed} if variant.learns else {}
+        if variant.views > 1:  # the last eighth of the images judges, as it is
+            options["held_out"] = CALIBRATION_IMAGES // 8
         result = variant.method(
             self.model,
-            self.batches(seed),
+            self.batches(seed, variant.views),
             weight_bits=bits[0],
             activation_bits=bits[1],
             edge_bits=EDGE_BITS,
@@ -210,6 +220,7 @@ class Session:
             "rates": f"published times {pace(self.iterations):.3g}" if variant.learns else None,
             "edge_bits": EDGE_BITS,
             "calibration_images": CALIBRATION_IMAGES,
+            "views": variant.views,
             "held_out": CALIBRATION_IMAGES // 8 if variant.learns else 0,
             "units": len(logs),
             "units_kept": sum(log.error < log.start for log in logs),
