@@ -102,7 +102,7 @@ VARIANTS = (
     Variant("AQuant, quadratic", partial(aquant, form=ElementBorder()), "input"),
     Variant("AQuant, fused", partial(aquant, form=WindowBorder()), "input"),
     Variant("AQuant, position-shared", partial(aquant, form=ChannelBorder()), "input"),
-    # What helped of what came after AQuant, see reconstruction_past.py; and the same help for those it is compared with.
+    # What helped of what came after AQuant, see reconstruction_past.py, and the same for those it is compared with.
     Variant("QDrop at inputs, four views", partial(qdrop, placement=InputPlacement()), "input", views=4),
     Variant("AQuant without borders, four views", without_borders, "input", views=4),
     Variant("AQuant, quadratic, four views", partial(aquant, form=ElementBorder()), "input", views=4),
