@@ -14,10 +14,12 @@ from q_aquant import (
     Calibration,
     ElementBorder,
     FisherLoss,
+    InputPlacement,
     Plan,
     PowerLoss,
     WeightRounding,
     aquant,
+    qdrop,
     reconstruct,
     rounding,
 )
@@ -403,3 +405,26 @@ def test_a_damaged_manifest_is_named(tmp_path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps([1]))
     with pytest.raises(StateError, match="another run"):
         Journal(tmp_path, {})
+
+
+def test_units_without_a_manifest_are_of_nobody(tmp_path) -> None:
+    aquant(net(), [images()], **BITS, **FEW, journal=tmp_path)
+    (tmp_path / "units" / "manifest.json").unlink()
+    with pytest.raises(StateError, match=r"unit-000\d\.safetensors but no manifest\.json"):
+        aquant(net(), [images()], **BITS, **FEW, journal=tmp_path)
+
+
+def test_a_journal_of_another_placement_is_refused(tmp_path) -> None:
+    qdrop(net(), [images()], **BITS, **FEW, journal=tmp_path, placement=InputPlacement())
+    with pytest.raises(StateError, match="another run"):
+        qdrop(net(), [images()], **BITS, **FEW, journal=tmp_path)
+
+
+def test_the_log_of_a_unit_is_sealed_with_what_it_learned(tmp_path) -> None:
+    aquant(net(), [images()], **BITS, **FEW, journal=tmp_path)
+    file = tmp_path / "units" / "unit-0001.safetensors"
+    content = file.read_bytes()
+    assert b"learned" in content
+    file.write_bytes(content.replace(b"learned", b"spurned"))
+    with pytest.raises(FormatError, match=r"unit-0001\.safetensors is damaged"):
+        aquant(net(), [images()], **BITS, **FEW, journal=tmp_path)

@@ -79,3 +79,14 @@ def test_the_whole_network_as_a_unit_has_nothing_behind_it(count) -> None:
     (unit,) = find_units(model, images(2), blocks=("",))
     output = torch.rand(count, 5)
     torch.testing.assert_close(UnitTail(model, unit, ())(images(count), output), output, rtol=0, atol=0)
+
+
+def test_an_output_survives_a_layer_behind_the_unit_that_works_in_place() -> None:
+    body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4 * 64, 5)).eval()
+    units = find_units(body, images(2), blocks=("0",))
+    output = torch.randn(2, 4, 8, 8)
+    before = output.clone()
+    leaf = output.requires_grad_()
+    UnitTail(body, units[0], ())(images(2), leaf).sum().backward()
+    torch.testing.assert_close(leaf.detach(), before, rtol=0, atol=0)
+    assert bool(leaf.grad.any())

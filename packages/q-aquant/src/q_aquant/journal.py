@@ -40,6 +40,11 @@ class Journal:
         manifest = self.folder / _MANIFEST
         text = json.dumps(self.facts, sort_keys=True, indent=1)
         if not manifest.exists():
+            if left := next(self.folder.glob("unit-*.safetensors"), None):
+                raise StateError(
+                    f"{self.folder} holds {left.name} but no {_MANIFEST}, so nobody knows of which run it is: give "
+                    "this run another folder, or delete that one"
+                )
             write_atomically(manifest, lambda path: Path(path).write_text(text, encoding="utf-8"))
             return
         try:
@@ -71,8 +76,8 @@ class Journal:
             with safe_open(file, framework="pt") as opened:
                 entry = json.loads((opened.metadata() or {})[_ENTRY])
                 state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-            sound = entry["sha256"] == digest(state) and entry["path"] == path
             log = dict(entry["log"])
+            sound = entry["sha256"] == _seal(state, path, log) and entry["path"] == path
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise FormatError(f"{file} is damaged: {error}; delete it, and the unit {path} is learned again") from error
         if not sound:
@@ -91,12 +96,18 @@ class Journal:
             state: What it learned; empty if it stayed as it was.
         """
         tensors = {name: tensor.detach().contiguous().cpu().clone() for name, tensor in state.items()}
-        entry = {"path": path, "log": log, "sha256": digest(tensors)}
+        entry = {"path": path, "log": log, "sha256": _seal(tensors, path, log)}
         metadata = {_ENTRY: json.dumps(entry, sort_keys=True)}
         write_atomically(self._file(number), lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     def _file(self, number: int) -> Path:
         return self.folder / f"unit-{number:04d}.safetensors"
+
+
+def _seal(tensors: dict[str, Tensor], path: str, log: dict[str, Any]) -> str:
+    """Return the SHA-256 of everything that is written of a unit."""
+    said = json.dumps([path, log], sort_keys=True)
+    return hashlib.sha256(f"{digest(tensors)} {said}".encode()).hexdigest()
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

@@ -1,6 +1,7 @@
 """From a float model and batches to images, units and quantizers that round to nearest: where every method starts."""
 
 import dataclasses
+import hashlib
 import inspect
 import os
 import re
@@ -145,29 +146,37 @@ class Setup:
         plan = dataclasses.replace(plan, batch_size=options.batch_size, looks=options.looks)
         journal = None
         if options.journal is not None:
-            journal = Journal(Path(options.journal) / stage, self._facts(plan, held_out))
+            journal = Journal(Path(options.journal) / stage, self._facts(quantized, plan, held_out))
         return reconstruct(
             self.model, quantized, self.units, plan, calibration, journal=journal, progress=options.progress
         )
 
-    def _facts(self, plan: Plan, held_out: int) -> dict[str, Any]:
+    def _facts(self, quantized: nn.Module, plan: Plan, held_out: int) -> dict[str, Any]:
         return {
-            "version": _version(),
+            "version": _version("q-aquant"),
+            "q_core": _version("q-core"),
             "torch": torch.__version__,
             "model": digest(dict(self.model.state_dict())),
+            # What is learned here starts from: the grids, where they are, and what a stage before has learned.
+            "start": digest(dict(quantized.state_dict())),
+            "modules": hashlib.sha256(_without_addresses(repr(quantized)).encode()).hexdigest(),
             "images": digest({"images": self.images}),
             "units": [unit.path for unit in self.units],
             "bits": dataclasses.asdict(self.bits),
-            # Where a function lies in memory is no fact about the run.
-            "plan": re.sub(r" at 0x[0-9a-f]+", "", repr(plan)),
+            "plan": _without_addresses(repr(plan)),
             "held_out": held_out,
             "seed": self.options.seed,
         }
 
 
-def _version() -> str:
+def _without_addresses(text: str) -> str:
+    """Leave out where a function lies in memory, which is no fact about the run."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text)
+
+
+def _version(package: str) -> str:
     try:
-        return metadata.version("q-aquant")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:  # run from a source tree that is on the path but not installed
         return "0+source"
 

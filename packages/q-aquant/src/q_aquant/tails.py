@@ -52,7 +52,8 @@ class UnitTail:
         return replace_modules(twin, replaced)
 
     def _run(self, twin: nn.Module, images: Tensor, output: Tensor) -> Tensor:
-        self._given.output = output
+        # A copy: what follows a unit may work in place, as ReLU(inplace=True) does.
+        self._given.output = output.clone()
         prediction: Tensor = twin(images)
         self._given.output = None
         return prediction
